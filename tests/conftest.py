@@ -1,0 +1,38 @@
+"""Every test starts from the same seed, and memory that nobody wrote holds NaN."""
+
+import os
+from collections.abc import Iterator
+
+import hypothesis
+import pytest
+import torch
+
+# Derandomised: a red run is red again for whoever looks at it. A found failure becomes a named case.
+hypothesis.settings.register_profile(
+    "mirasol",
+    derandomize=True,
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.function_scoped_fixture],
+)
+hypothesis.settings.load_profile("mirasol")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if os.environ.get("MIRASOL_CI") and not os.environ.get("MIRASOL_GOLDEN"):
+        raise pytest.UsageError("MIRASOL_CI is set but MIRASOL_GOLDEN is not: CI must not skip the golden data")
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def poison() -> Iterator[None]:
+    """`torch.empty` returns NaN, so that a kernel that leaves an output unwritten is seen."""
+    before = torch.utils.deterministic.fill_uninitialized_memory, torch.are_deterministic_algorithms_enabled()
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True, warn_only=True)  # the filling is tied to this switch
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = before[0]
+    torch.use_deterministic_algorithms(before[1])
