@@ -1,0 +1,67 @@
+#include "common/isa.h"
+
+#include <cstdlib>
+#include <cstring>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+namespace mirasol {
+namespace {
+
+constexpr Isa all[] = {Isa::base, Isa::avx2, Isa::avx512, Isa::avx512bf16};
+
+#if defined(__x86_64__)
+bool has_f16c() {  // by hand: __builtin_cpu_supports knows the name since gcc 11 only
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
+
+Isa best() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();  // asks the operating system too: registers it does not save are not reported
+  if (!(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c())) return Isa::base;
+  if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl")))
+    return Isa::avx2;
+  return __builtin_cpu_supports("avx512bf16") ? Isa::avx512bf16 : Isa::avx512;
+#else
+  return Isa::base;
+#endif
+}
+
+Isa asked(Isa otherwise) {
+  if (const char* name = std::getenv("MIRASOL_ISA"))
+    for (Isa which : all)
+      if (!std::strcmp(name, isa_name(which))) return which;
+  return otherwise;
+}
+
+}  // namespace
+
+Isa isa() {
+  static const Isa chosen = [] {
+    const Isa top = best(), wish = asked(top);
+    return wish < top ? wish : top;
+  }();
+  return chosen;
+}
+
+bool isa_granted() { return asked(isa()) == isa(); }
+
+const char* isa_name(Isa which) {
+  switch (which) {
+    case Isa::avx512bf16: return "avx512bf16";
+    case Isa::avx512: return "avx512";
+    case Isa::avx2: return "avx2";
+    default: return "base";
+  }
+}
+
+}  // namespace mirasol
+
+// For `python -m mirasol_kernels`, through ctypes: the one thing the compiled library says that takes no tensor.
+extern "C" __attribute__((visibility("default"))) const char* mirasol_isa() {
+  return mirasol::isa_name(mirasol::isa());
+}

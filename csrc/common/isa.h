@@ -1,0 +1,32 @@
+#pragma once
+// Which build of the CPU kernels runs.  Every csrc/<op>/cpu.cpp is compiled once per instruction set, with MIRASOL_ISA
+// defined as its name, into namespace mirasol::<isa>.  A binding writes MIRASOL_CALL(f, ...) and the best one that this
+// CPU has is called; on other processors than x86-64 there is only `base`.
+
+namespace mirasol {
+
+enum class Isa { base, avx2, avx512, avx512bf16 };  // each includes those before it
+
+Isa isa();  // found once; the environment variable MIRASOL_ISA=<name> lowers it, never raises it
+const char* isa_name(Isa which);
+
+// False where MIRASOL_ISA asks for what this CPU has not, so that a test of that instruction set can say "skipped".
+bool isa_granted();
+
+}  // namespace mirasol
+
+#if defined(__x86_64__)
+#define MIRASOL_DECLARE(...)                                                     \
+  namespace mirasol::base { __VA_ARGS__; }                                       \
+  namespace mirasol::avx2 { __VA_ARGS__; }                                       \
+  namespace mirasol::avx512 { __VA_ARGS__; }                                     \
+  namespace mirasol::avx512bf16 { __VA_ARGS__; }
+#define MIRASOL_CALL(f, ...)                                                                       \
+  (::mirasol::isa() == ::mirasol::Isa::avx512bf16 ? ::mirasol::avx512bf16::f(__VA_ARGS__)          \
+   : ::mirasol::isa() == ::mirasol::Isa::avx512   ? ::mirasol::avx512::f(__VA_ARGS__)              \
+   : ::mirasol::isa() == ::mirasol::Isa::avx2     ? ::mirasol::avx2::f(__VA_ARGS__)                \
+                                                  : ::mirasol::base::f(__VA_ARGS__))
+#else
+#define MIRASOL_DECLARE(...) namespace mirasol::base { __VA_ARGS__; }
+#define MIRASOL_CALL(f, ...) ::mirasol::base::f(__VA_ARGS__)
+#endif
