@@ -1,4 +1,4 @@
-"""Make examples/sample.mp4: balls in a box whose bounces and collisions can be heard. `python examples/make_clip.py`
+"""Make examples/sample.mp4: balls in a room whose bounces and collisions can be heard. `python examples/make_clip.py`
 
 What is seen explains what is heard, and only together they tell all: every ball has its own note, struck when it hits a
 wall or another ball, louder for a harder hit, from the left or the right where it happens.
@@ -14,6 +14,7 @@ import av
 import numpy as np
 
 FPS, WIDTH, HEIGHT, RATE = 25, 160, 120, 32_000
+ROOM = np.array([[20, 0], [140, 120]])              # its corners, x and y: the square that a centre crop leaves
 SUBSTEPS = 40                                       # of the motion, per frame: 1 ms
 RADIUS = np.array([9.0, 11.0, 13.0, 15.0])          # pixels
 NOTE = np.array([784.0, 587.3, 440.0, 293.7])       # Hz; the bigger the lower
@@ -23,9 +24,8 @@ COLOUR = np.array([[240, 200, 60], [230, 90, 70], [80, 190, 110], [90, 140, 240]
 def simulate(frames: int, seed: int = 3) -> tuple[np.ndarray, list[tuple[float, int, float, float]]]:
     """-> positions (frames, balls, 2) in pixels; hits (seconds, ball, strength in 0..1, pan in 0..1)."""
     rng = np.random.default_rng(seed)
-    at = np.array([[30.0, 30.0], [120.0, 35.0], [40.0, 90.0], [115.0, 85.0]])
+    at = np.array([[45.0, 30.0], [115.0, 35.0], [50.0, 90.0], [110.0, 85.0]])
     speed = rng.uniform(45, 85, (4, 1)) * np.stack([np.cos(a := rng.uniform(0, 2 * np.pi, 4)), np.sin(a)], 1)  # pixel/s
-    box = np.array([WIDTH, HEIGHT])
     path, hits = np.empty((frames, 4, 2)), []
     for step in range(frames * SUBSTEPS):
         if step % SUBSTEPS == 0:
@@ -34,7 +34,8 @@ def simulate(frames: int, seed: int = 3) -> tuple[np.ndarray, list[tuple[float, 
         at = at + speed / (FPS * SUBSTEPS)
         for i in range(4):
             for axis in range(2):
-                outward = -1 if at[i, axis] < RADIUS[i] else 1 if at[i, axis] > box[axis] - RADIUS[i] else 0
+                gaps = np.abs(at[i, axis] - ROOM[:, axis])
+                outward = 0 if gaps.min() > RADIUS[i] else (-1, 1)[gaps.argmin()]
                 if outward * speed[i, axis] > 0:
                     hits.append((now, i, abs(speed[i, axis]) / 150, at[i, 0] / WIDTH))
                     speed[i, axis] *= -1
@@ -55,6 +56,7 @@ def draw(at: np.ndarray, index: int) -> np.ndarray:
     y, x = np.mgrid[:HEIGHT, :WIDTH] + 0.5
     shade = 40 + 12 * np.sin(2 * np.pi * (x / WIDTH + index / 311)) + 10 * y / HEIGHT
     picture = np.stack([0.7 * shade, 0.8 * shade, shade], 2)
+    picture[:, : ROOM[0, 0]] = picture[:, ROOM[1, 0] :] = (96, 84, 72)
     for centre, radius, colour in zip(at, RADIUS, COLOUR, strict=True):
         distance = np.hypot(x - centre[0], y - centre[1])
         inside = np.clip(radius - distance + 0.5, 0, 1)[..., None]
