@@ -1,0 +1,150 @@
+"""Streaming: keys and values of the snippets that are still seen, in memory that never grows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from mirasol_kernels.block_causal_attention import reference
+from mirasol_kernels.block_causal_attention.api import check, shape, unit_stride
+from mirasol_kernels.block_causal_attention.op import OP
+
+
+class SnippetCache:
+    """The first `sink` and the last `window` snippets of a stream: attention over them equals attention offline under
+    `SnippetLayout.uniform(snippets, snippet_tokens, window=window, sink=sink)`, to rounding.
+
+    batch, heads, head_dim, value_dim: of the keys (B, H, N, D) and values (B, H, N, Dv); value_dim is head_dim by
+    default.  snippet_tokens: of every snippet.  window counts the current snippet.  All is allocated here, once, and
+    written in place afterwards; positions stay on the device, one per batch row, so that no call waits for it and one
+    CUDA graph of a step serves every step.  For inference: nothing that passes through the cache carries a gradient.
+
+    The sinks come first and stay; behind them is a ring.  It is exactly as long as the window, so the snippet that
+    falls out of the window is the one overwritten, and what a row sees is always one range from the front:
+
+        sink 1, window 3        [0 1 2 3]   then   [0 4 2 3]   [0 4 5 3]   [0 4 5 6]   [0 7 5 6]
+
+    Raises ValueError or TypeError naming the argument.
+    """
+
+    def __init__(
+        self,
+        batch: int,
+        heads: int,
+        head_dim: int,
+        value_dim: int | None = None,
+        *,
+        snippet_tokens: int,
+        window: int,
+        sink: int = 0,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        value_dim = head_dim if value_dim is None else value_dim
+        for name, number, least in (
+            ("batch", batch, 0),
+            ("heads", heads, 1),
+            ("head_dim", head_dim, 1),
+            ("value_dim", value_dim, 1),
+            ("snippet_tokens", snippet_tokens, 1),
+            ("window", window, 1),
+            ("sink", sink, 0),
+        ):
+            if not isinstance(number, int) or number < least:
+                raise ValueError(f"SnippetCache: {name}: expected an integer of at least {least}, got {number!r}")
+        self.snippet_tokens, self.window, self.sink = snippet_tokens, window, sink
+        tokens = (sink + window) * snippet_tokens
+        self.k = torch.zeros(batch, heads, tokens, head_dim, dtype=dtype, device=device)
+        self.v = torch.zeros(batch, heads, tokens, value_dim, dtype=dtype, device=device)
+        self.position = torch.zeros(batch, dtype=torch.int32, device=device)  # snippets each row has seen
+
+    def append(self, k: Tensor, v: Tensor) -> None:
+        """Store the next snippet of every batch row.  k: (B, H, snippet_tokens, D), v: (B, H, snippet_tokens, Dv)."""
+        for name, x, ring in (("k", k, self.k), ("v", v, self.v)):
+            expected = (ring.shape[0], ring.shape[1], self.snippet_tokens, ring.shape[3])
+            if not isinstance(x, Tensor) or x.shape != expected:
+                raise ValueError(f"SnippetCache.append: {name}: expected {expected}, got {described(x)}")
+            if x.dtype != ring.dtype or x.device != ring.device:
+                raise ValueError(
+                    f"SnippetCache.append: {name}: expected {ring.dtype} on {ring.device}, got {x.dtype} on {x.device}"
+                )
+        turn = torch.remainder(self.position - self.sink, self.window) + self.sink
+        slot = torch.where(self.position < self.sink, self.position, turn)  # (B,)
+        rows = torch.arange(len(slot), device=slot.device)
+        for x, ring in ((k, self.k), (v, self.v)):
+            slots = ring.unflatten(2, (-1, self.snippet_tokens)).transpose(1, 2)  # (B, slots, H, m, D), a view
+            slots[rows, slot] = x.detach()
+        self.position += 1
+
+    @overload
+    def attend(
+        self, q: Tensor, *, scale: float | None = ..., return_lse: Literal[False] = ..., backend: str | None = ...
+    ) -> Tensor: ...
+    @overload
+    def attend(
+        self, q: Tensor, *, scale: float | None = ..., return_lse: Literal[True], backend: str | None = ...
+    ) -> tuple[Tensor, Tensor]: ...
+    @torch.no_grad()
+    def attend(
+        self, q: Tensor, *, scale: float | None = None, return_lse: bool = False, backend: str | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Attention of q (B, Hq, n, D), any n, over the sinks and the window -> out (B, Hq, n, Dv), without gradient.
+
+        Append the current snippet first: it is part of the window.  A row that has nothing yet gives 0.  scale,
+        return_lse and backend as in `block_causal_attention`.
+        """
+        check(q, self.k, self.v, scale, "SnippetCache.attend")
+        q = unit_stride(q)
+        scale = q.shape[3] ** -0.5 if scale is None else float(scale)
+        # One group of rows per batch row, which sees one range.
+        device, batch = q.device, len(self.position)
+        q_offsets = (torch.arange(2, device=device, dtype=torch.int32) * q.shape[2]).repeat(batch, 1)  # (B, 2)
+        end = self.position.clamp(max=self.sink + self.window) * self.snippet_tokens
+        k_ranges = torch.stack([torch.zeros_like(end), end], 1)[:, None, None]  # (B, 1, 1, 2)
+        chosen = OP.select((q, self.k, self.v, q_offsets, k_ranges, scale), backend)
+        attend = reference.block_causal_attention if chosen is None else chosen.calls["fwd"]
+        out, lse = attend(q, self.k, self.v, q_offsets, k_ranges, scale)
+        return (out, lse) if return_lse else out
+
+    def reset(self, rows: Tensor | Sequence[int] | None = None) -> None:
+        """Forget everything, or only batch rows `rows`: indices, or a bool mask (B,)."""
+        if rows is None:
+            self.position.zero_()
+        else:
+            self.position[torch.as_tensor(rows, device=self.position.device)] = 0
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """A copy of everything that `load_state_dict` needs, of tensors only."""
+        geometry = torch.tensor([self.snippet_tokens, self.window, self.sink])
+        return {"k": self.k.clone(), "v": self.v.clone(), "position": self.position.clone(), "geometry": geometry}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take over a state of the same geometry, in place.  Dtype and device stay those of this cache."""
+        mine = self.state_dict()
+        if state.keys() != mine.keys():
+            raise ValueError(f"SnippetCache.load_state_dict: expected {sorted(mine)}, got {sorted(state)}")
+        if not torch.equal(state["geometry"].cpu(), mine["geometry"]):
+            raise ValueError(
+                "SnippetCache.load_state_dict: geometry: expected (snippet_tokens, window, sink) = "
+                f"{tuple(mine['geometry'].tolist())}, got {tuple(state['geometry'].tolist())}"
+            )
+        for name in ("k", "v", "position"):
+            if state[name].shape != mine[name].shape:
+                raise ValueError(
+                    f"SnippetCache.load_state_dict: {name}: expected {shape(mine[name])}, got {shape(state[name])}"
+                )
+        for name in ("k", "v", "position"):
+            getattr(self, name).copy_(state[name])
+
+    def fork(self) -> SnippetCache:
+        """An independent copy, for instance to look ahead."""
+        other = object.__new__(type(self))
+        vars(other).update({name: x.clone() if isinstance(x, Tensor) else x for name, x in vars(self).items()})
+        return other
+
+
+def described(x: object) -> object:
+    return shape(x) if isinstance(x, Tensor) else type(x).__name__
