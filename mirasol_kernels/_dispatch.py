@@ -93,7 +93,7 @@ class Backend(NamedTuple):
 class Op:
     """One op and its backends.  `schemas`: part ("fwd", "bwd") -> (schema, fake); none while only the reference exists.
 
-    `cases` names the module whose `cases(device)` yields the op's `_check.Case`s; it is imported when asked for.
+    `cases` names the module whose `cases(device, dtype)` yields the op's `_check.Case`s; it is imported when asked for.
     """
 
     all: ClassVar[list[Op]] = []
