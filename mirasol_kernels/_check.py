@@ -18,7 +18,7 @@ class Case(NamedTuple):
 
 
 def evaluate(case: Case, backend: str | None, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """Outputs ("out0", "out1", ...) and gradients ("d" + name) of the case on `backend`, its tensors cast to `dtype`."""
+    """Outputs "out0", "out1", ... and gradients "d" + name of the case on `backend`, its tensors cast to `dtype`."""
     tensors = {name: x.detach().to(dtype or x.dtype).requires_grad_() for name, x in case.tensors.items()}
     with torch.enable_grad():
         outputs = case.call(**tensors, backend=backend)
@@ -60,8 +60,8 @@ def excess(actual: Tensor, low: Tensor, exact: Tensor) -> float:
     if not torch.isfinite(actual64).all():
         return float("inf")
     error = actual64 - exact
-    pairs = zip((peak(error), rms(error)), budget(low, exact, actual.dtype), strict=True)
-    return max(share / most if share else 0.0 for share, most in pairs)
+    used = zip((peak(error), rms(error)), budget(low, exact, actual.dtype), strict=True)
+    return max(e / most if most else float("inf") if e else 0.0 for e, most in used)
 
 
 def check(case: Case, backend: str) -> dict[str, float]:
