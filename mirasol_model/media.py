@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-# Times of sound in a container are rounded (Matroska: to 1 ms), so sound is laid down gapless, by counting samples, until
-# its time stamps disagree with the count by this much: then something is missing or the clock drifted, and time wins.
-RESYNC = Fraction(1, 20)   # seconds
+# Time stamps of sound are rounded (Matroska: to 1 ms), so sound is laid down gapless, by counting samples, until they
+# disagree with the count by this many seconds: then something is missing or a clock drifted, and the time stamp wins.
+RESYNC = Fraction(1, 20)
 
 
 class MediaError(ValueError):
@@ -35,9 +35,9 @@ def read_clip(
 
     frames: how many. fps: frames per second; frame i is what a player shows i/fps seconds after the first one (the
     nearest earlier frame of the file). None takes every frame of the file in the order shown, at the file's own rate;
-    where their times do not fit that rate (variable frame rate), at the mean rate of these frames.
+    where that puts one more than a frame off its time (variable frame rate), at the mean rate of these frames.
     size: side of the square in pixels; the centre of the upright picture is cut out and resized.
-    sample_rate: samples per second of the sound, mixed to mono.
+    sample_rate: samples per second of the sound, mixed to mono (the mean of its channels).
 
     The sound spans [time of the first frame, + frames/fps). Where the file is silent inside that span (its sound starts
     later, ends earlier, or lost packets) the samples are zero; with no sound in it at all, `audio` is None: the model
@@ -64,8 +64,10 @@ def read_clip(
         with _opened(file, name) as container:
             stream = _stream(container, "video", name)
             if stream is None:
-                raise MediaError(f"{name}: no video in this file" + (", only sound" if container.streams.audio else ""))
-            video, start, rate = _read_video(container, stream, name, frames, fps and Fraction(fps), size)
+                has = "only sound" if container.streams.audio else "and no sound; is it damaged?"
+                raise MediaError(f"{name}: no video in this file, {has}")
+            wanted = None if fps is None else Fraction(fps)
+            video, start, rate = _read_video(container, stream, name, frames, wanted, size)
         with _opened(file, name) as container:
             stream = _stream(container, "audio", name)
             audio = stream and _read_audio(container, stream, start, start + frames / rate, sample_rate)
@@ -78,11 +80,13 @@ def _opened(file: Any, name: str) -> Iterator[Any]:
     try:
         import av
     except ImportError as error:
-        raise ImportError("reading video needs PyAV: pip install 'mirasol-kernels[model]', or pip install av") from error
+        raise ImportError("reading video needs PyAV: pip install 'mirasol-kernels[model]'") from error
     file.seek(0)
     try:
         # No protocols: a playlist in disguise must not open other files or the network.
-        with av.open(file, container_options={"protocol_whitelist": "none"}) as container:
+        with av.open(file, container_options={"protocol_whitelist": "none"}, metadata_errors="replace") as container:
+            if container.format.name == "tty":          # FFmpeg would play a .txt as a terminal session
+                raise MediaError(f"{name}: this is text, not video")
             yield container
     except av.FFmpegError as error:
         raise MediaError(f"{name}: cannot be read as video: {error.strerror}") from error
@@ -103,7 +107,7 @@ def _stream(container: Any, kind: str, name: str) -> Any | None:
 
 
 def _decoded(container: Any, stream: Any) -> Iterator[Any]:
-    """Frames of a stream in presentation order. Damaged packets are passed over; a damaged container ends the stream."""
+    """Frames of a stream as they are shown. Damaged packets are passed over; a damaged container ends the stream."""
     import av
 
     packets = container.demux(stream)
@@ -129,7 +133,7 @@ def _read_video(
     # Two time stamps, each rounded to the clock of the container, may disagree by one tick about the same moment. A
     # coarser clock than a millisecond (AVI: one tick per frame) is not rounded but exact.
     tick = stream.time_base if stream.time_base <= Fraction(1, 1000) else Fraction(0)
-    aspect = Fraction(stream.codec_context.sample_aspect_ratio or 1)
+    aspect = Fraction(stream.sample_aspect_ratio or 1)
     pictures: list[np.ndarray] = []                 # (size, size, 3) each
     times: list[Fraction] = []                      # of the frames decoded so far
     held = None                                     # the frame on show
@@ -154,10 +158,12 @@ def _read_video(
         raise MediaError(f"{name}: {have}, expected {count}")
 
     if fps is None:
-        steady = all(2 * abs(times[i] - times[0] - i / nominal) < 1 / nominal for i in range(count))
+        steady = all(abs(times[i] - times[0] - i / nominal) <= 1 / nominal for i in range(count))
         fps = nominal if steady else count / (times[count] - times[0])
+        if fps < Fraction(1, 100):      # damaged, and as long a sound would fill the memory
+            raise MediaError(f"{name}: its time stamps spread {count} frames over {float(count / fps):,.0f} seconds")
     video = torch.empty(3, count, size, size)
-    video.copy_(torch.from_numpy(np.stack(pictures)).permute(3, 0, 1, 2))     # (count, size, size, 3) -> (3, count, ...)
+    video.copy_(torch.from_numpy(np.stack(pictures)).permute(3, 0, 1, 2))       # from (count, size, size, 3) uint8
     return video.div_(255), times[0], fps
 
 
@@ -165,7 +171,8 @@ class _Shown:
     """A frame on show; converted to a square picture only if a moment of the clip falls on it."""
 
     def __init__(self, frame: Any, aspect: Fraction, size: int):
-        self.frame, self.aspect, self.size, self.picture = frame, aspect, size, None
+        self.frame, self.aspect, self.size = frame, aspect, size
+        self.picture: np.ndarray | None = None
 
     def square(self) -> np.ndarray:                 # (size, size, 3) uint8
         if self.picture is None:
@@ -207,7 +214,8 @@ def _read_audio(
     def lay(chunks: list[Any]) -> None:
         nonlocal position, heard
         for chunk in chunks:
-            piece = chunk.to_ndarray().reshape(-1)
+            # FFmpeg's own mix of float channels adds them up, to twice full scale and more.
+            piece = chunk.to_ndarray().mean(0)                    # (channels, samples) -> (samples,)
             low, high = max(-position, 0), min(samples - position, len(piece))
             if low < high:
                 sound[position + low : position + high] = piece[low:high]
@@ -221,7 +229,7 @@ def _read_audio(
         if resampler is None or abs(time - expected) > RESYNC or form != (frame.format.name, frame.layout, frame.rate):
             if resampler is not None:
                 lay(resampler.resample(None))
-            resampler = av.AudioResampler(format="flt", layout="mono", rate=rate)
+            resampler = av.AudioResampler(format="fltp", rate=rate)
             form = (frame.format.name, frame.layout, frame.rate)
             position, expected = round((time - start) * rate), time
         expected += Fraction(frame.samples, frame.rate)
