@@ -77,7 +77,7 @@ def report() -> None:
 def check() -> bool:
     """Run every op's cases on every backend that is here, forward and backward, against the reference in float64."""
     good, kinds = True, ["cpu"] + ["cuda"] * torch.cuda.is_available()
-    for op, backend in [(op, backend) for op in Op.all for backend in op.backends]:
+    for op, backend in [(o, b) for o in Op.all for b in o.backends]:
         if op.cases is None or backend.absent or backend.device not in kinds:
             continue
         print(f"\n{op.name}: {backend.name}")
