@@ -114,7 +114,7 @@ def _decoded(container: Any, stream: Any) -> Iterator[Any]:
     while True:
         try:
             packet = next(packets)
-        except (StopIteration, av.FFmpegError):
+        except (StopIteration, av.FFmpegError, IndexError):     # IndexError: PyAV's, of a stream that damage made up
             return
         if packet.is_corrupt:       # cut off by the end of the file: it would decode to a frame that never was
             continue

@@ -1,0 +1,210 @@
+"""How this repository measures: candidates interleaved in one run, medians with their spread, memory in a fresh
+process, errors against float64, and the machine with its own ceilings beside every number."""
+
+from __future__ import annotations
+
+import functools
+import multiprocessing
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+LEAST_ROUNDS = 3
+
+
+class Timing(NamedTuple):
+    median: float       # seconds, like the others
+    low: float          # 10 %
+    high: float         # 90 %
+    rounds: int
+
+
+def interleave(
+    candidates: Mapping[str, Callable[[], Any]], *, rounds: int = 20, warmup: float = 0.2, budget: float | None = None,
+    device: str = "cpu",
+) -> dict[str, Timing]:
+    """Time every candidate once per round, each round in another order, so that drifting clocks hit all alike.
+
+    rounds: at most; fewer, but at least 3, once `budget` seconds are spent. warmup: seconds per candidate beforehand.
+    """
+    for work in candidates.values():
+        spent = 0.0
+        while spent < warmup:
+            spent += clock(work, device)
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    names, start = list(candidates), time.perf_counter()
+    for done in range(rounds):
+        if budget is not None and done >= LEAST_ROUNDS and time.perf_counter() - start > budget:
+            break
+        turn = done % len(names)
+        for name in names[turn:] + names[:turn]:
+            times[name].append(clock(candidates[name], device))
+    return {name: summary(seconds) for name, seconds in times.items()}
+
+
+def summary(seconds: Sequence[float]) -> Timing:
+    ordered = sorted(seconds)
+    tenth = round((len(ordered) - 1) / 10)
+    return Timing(statistics.median(ordered), ordered[tenth], ordered[-1 - tenth], len(ordered))
+
+
+def clock(work: Callable[[], Any], device: str = "cpu") -> float:
+    """Seconds of one call. On a GPU until its work is done."""
+    if device == "cpu":
+        start = time.perf_counter()
+        work()
+        return time.perf_counter() - start
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    work()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
+class Memory(NamedTuple):
+    before: int         # bytes once everything was prepared
+    peak: int           # bytes at most, from then on
+
+
+def peak_memory(prepare: Callable[..., Callable[[], Any]], *args: Any, device: str = "cpu") -> tuple[Memory, Any]:
+    """Memory of `prepare(*args)()` in a fresh process, and what that call returned.
+
+    prepare: importable by name (the process is spawned); it builds what is needed and returns the work to watch.
+    CPU: resident memory of the whole process, libraries included. GPU: what torch has allocated on the device.
+    Raises RuntimeError when the process fails or is killed.
+    """
+    context = multiprocessing.get_context("spawn")
+    receive, send = context.Pipe(duplex=False)
+    process = context.Process(target=_watched, args=(send, device, prepare, args))
+    process.start()
+    send.close()
+    try:
+        answer = receive.recv()
+    except EOFError:
+        answer = None
+    process.join()
+    if not isinstance(answer, tuple):
+        raise RuntimeError(f"peak_memory: {answer or f'the process ended with code {process.exitcode}'}")
+    return answer
+
+
+def _watched(send: Any, device: str, prepare: Callable[..., Callable[[], Any]], args: tuple) -> None:
+    try:
+        work = prepare(*args)
+        before = _forget_peak(device)
+        result = work()
+        send.send((Memory(before, _peak(device)), result))
+    except Exception as error:
+        send.send(f"{type(error).__name__}: {error}")
+
+
+def _forget_peak(device: str) -> int:
+    """Start the peak anew, where the system can; -> bytes in use now."""
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:         # not Linux, or not allowed: the peak then includes the preparation
+        return _peak(device)
+    return _status("VmRSS")
+
+
+def _peak(device: str) -> int:
+    if device != "cpu":
+        return torch.cuda.max_memory_allocated()
+    if sys.platform == "linux":
+        return _status("VmHWM")     # not ru_maxrss: a spawned process inherits that from its parent
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+def error(actual: torch.Tensor, exact: torch.Tensor) -> float:
+    """Largest difference from the float64 result, relative to its largest value."""
+    return ((actual.double() - exact).abs().max() / exact.abs().max().clamp_min(1e-300)).item()
+
+
+def ceilings(device: str = "cpu", *, seconds: float = 0.3) -> dict[str, float]:
+    """What this machine reaches right now: GEMM in flop/s per dtype, and copy in bytes/s (read plus written)."""
+    size = 1024 if device == "cpu" else 8192
+    dtypes = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+    found: dict[str, float] = {}
+    for dtype in dtypes if device != "cpu" else dtypes[:3]:
+        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        out = torch.empty_like(a)
+        best = _best(functools.partial(torch.mm, a, b, out=out), device, seconds)
+        found[f"gemm {str(dtype).removeprefix('torch.')}"] = 2 * size**3 / best
+    source = torch.randn((32 if device == "cpu" else 512) * 2**20, device=device)
+    target = torch.empty_like(source)
+    best = _best(lambda: target.copy_(source), device, seconds)
+    return found | {"copy": 2 * source.nbytes / best}
+
+
+def _best(work: Callable[[], Any], device: str, seconds: float) -> float:
+    work()
+    times: list[float] = []
+    while sum(times) < seconds or len(times) < LEAST_ROUNDS:
+        times.append(clock(work, device))
+    return min(times)
+
+
+def machine(device: str = "cpu") -> dict[str, Any]:
+    """Where and from what a number comes. Models of hardware and versions only: no names of hosts, users or paths."""
+    try:
+        import triton
+        triton_version = triton.__version__
+    except ImportError:
+        triton_version = None
+    facts: dict[str, Any] = {
+        "cpu": _cpu(), "isa": torch.backends.cpu.get_cpu_capability(), "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(), "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(), "torch": torch.__version__, "triton": triton_version,
+    }
+    if device != "cpu":
+        facts |= {"gpu": torch.cuda.get_device_name(), "capability": torch.cuda.get_device_capability(),
+                  "cuda": torch.version.cuda, "driver": _said("nvidia-smi", "--query-gpu=driver_version",
+                                                              "--format=csv,noheader")}
+    return facts | commit()
+
+
+def commit() -> dict[str, Any]:
+    """What is measured: MIRASOL_COMMIT where the tree is a plain copy, else git's commit and whether files differ."""
+    if named := os.environ.get("MIRASOL_COMMIT"):
+        return {"commit": named, "dirty": None}
+    head = _said("git", "rev-parse", "HEAD")
+    return {"commit": head, "dirty": None if head is None else bool(_said("git", "status", "--porcelain", "-uno"))}
+
+
+def _said(*command: str) -> str | None:
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
