@@ -162,8 +162,8 @@ class TubeTokenizer(_Tokenizer):
 
     def valid_tokens(self, frames: int, size: tuple[int, int] | None = None) -> int:
         """Tokens that read only the first `frames` frames of a snippet, of H, W = `size` (default: the declared)."""
-        _, rows, columns = zip(*(tube.grid(self.frames, *(size or self.size)) for tube in self.tubes), strict=True)
-        return sum(rows[index] * columns[index] for needed, index, _ in self.planes() if needed <= frames)
+        grids = [tube.grid(self.frames, *(size or self.size)) for tube in self.tubes]
+        return sum(grids[index][1] * grids[index][2] for needed, index, _ in self.planes() if needed <= frames)
 
     def forward(self, video: Tensor) -> Tensor:
         if video.ndim != 5 or video.shape[1:3] != (3, self.frames):
