@@ -3,3 +3,19 @@
 Axis letters, everywhere in this package: B batch, H heads (Hq of queries, Hkv of keys and values), N tokens (Nq, Nk),
 D head width (Dv of values), T snippets, n tokens of a source, c model width, h hidden width, k learned tokens.
 """
+
+from mirasol_kernels._dispatch import explain, use_backend
+from mirasol_kernels.block_causal_attention import SnippetCache, block_causal_attention
+from mirasol_kernels.layout import SnippetLayout
+from mirasol_kernels.token_learner import TokenLearnerState, token_learner, token_learner_state
+
+__all__ = [
+    "SnippetCache",
+    "SnippetLayout",
+    "TokenLearnerState",
+    "block_causal_attention",
+    "explain",
+    "token_learner",
+    "token_learner_state",
+    "use_backend",
+]
