@@ -174,24 +174,24 @@ def _picks(runs: np.ndarray, first: np.ndarray, last: np.ndarray, n: int) -> lis
 # -------------------------------------------------------------------- tables and pictures
 
 
-def tabulate(rows: Sequence[Lines], k_len: int) -> list[np.ndarray]:
-    """The int32 arrays of `layout.LayoutTables`, in its order; at least 2 of everything, as it says."""
+def tabulate(rows: Sequence[Lines], k_len: int, most: int) -> list[np.ndarray]:
+    """The int32 arrays of `layout.LayoutTables`, in its order; `most`: ranges per line to leave room for."""
     q_len = int(rows[0].offsets[-1])
     columns = [transpose(row, k_len) for row in rows]
-    groups = max(2, *(len(row.counts) for row in rows))
-    most = max(2, *(int(row.counts.max(initial=0)) for row in rows))
+    groups = 1 + max(len(row.counts) for row in rows)
+    most = max(most, *(int(row.counts.max(initial=0)) for row in rows))
     k_ranges = np.full((len(rows), groups, most, 2), k_len)
     for table, row in zip(k_ranges, rows, strict=True):
         table[row.owner, np.arange(len(row.ranges)) - row.starts[row.owner]] = row.ranges
-    q_ranges = np.full((len(rows), max(2, *(len(column.ranges) for column in columns)), 2), q_len)
+    q_ranges = np.full((len(rows), 1 + max(len(column.ranges) for column in columns), 2), q_len)
     for table, column in zip(q_ranges, columns, strict=True):
         table[: len(column.ranges)] = column.ranges
-    segments = max(2, *(len(column.counts) for column in columns))
+    cuts = max(len(column.offsets) for column in columns)
     tables = (
         _padded([row.offsets for row in rows], groups + 1),
         k_ranges,
-        _padded([column.offsets for column in columns], segments + 1),
-        _padded([column.starts for column in columns], segments + 1),
+        _padded([column.offsets for column in columns], cuts),
+        _padded([column.starts for column in columns], cuts),
         q_ranges,
     )
     return [np.ascontiguousarray(table, np.int32) for table in tables]
@@ -239,7 +239,7 @@ def read_integers(what: str, values: Any, expected: str, kinds: str = "iu") -> n
         raise ValueError(f"{what}: expected {expected}, got {type(values).__name__} of another form") from None
     if array.size and array.dtype.kind not in kinds:
         raise TypeError(f"{what}: expected {expected}, got {array.dtype}")
-    return array
+    return array if array.size else array.astype(np.int64)  # NumPy takes an empty list for floats
 
 
 def read_lengths(what: str, values: Any, *, total: bool = True) -> np.ndarray:
@@ -247,12 +247,11 @@ def read_lengths(what: str, values: Any, *, total: bool = True) -> np.ndarray:
     array = read_integers(what, values, "integers (T,)")
     if array.ndim != 1:
         raise ValueError(f"{what}: expected integers (T,), got shape {array.shape}")
-    if array.size:
-        read_int(f"{what}: smallest", array.min())
-        read_int(f"{what}: largest", array.max())
+    for extreme in (array.min(initial=0), array.max(initial=0)):
+        read_int(what, extreme)
     array = array.astype(np.int64)
     if total:
-        read_int(f"{what}: their sum", array.sum())
+        read_int(f"{what}: sum", array.sum())
     return array
 
 

@@ -33,8 +33,9 @@ class LayoutTables(NamedTuple):
     Backward: segment s is keys [k_offsets[b, s], k_offsets[b, s+1]), and all of them are seen by the query rows of
     q_ranges[b, e] for q_index[b, s] <= e < q_index[b, s+1]: sorted, disjoint, never touching.
 
-    Rows of a batch with fewer lines than others are padded with empty ones.  No dimension but Bt is 1, even where one
-    line would do: torch.compile treats 1 as a constant and would compile again for 2.
+    Rows of a batch with fewer lines than others are padded with empty ones; and there is always an empty group and an
+    unused row range at the end, since torch.compile takes a size of 1 for a constant and would compile again for 2.
+    R belongs to the kind of layout where it can (block-causal 1, with window and sink 2), not to its numbers.
     """
 
     q_offsets: Tensor  # (Bt, G+1)
@@ -51,7 +52,8 @@ def visible(q_offsets: Tensor, k_ranges: Tensor, rows: Tensor, keys: Tensor) -> 
     """
     rows = rows.to(q_offsets.dtype).expand(q_offsets.shape[0], -1).contiguous()
     group = torch.searchsorted(q_offsets[:, 1:].contiguous(), rows, right=True)  # (Bt, q); right skips empty groups
-    ranges = torch.take_along_dim(k_ranges, group[:, :, None, None], dim=1)  # (Bt, q, R, 2)
+    # gather, because take_along_dim makes a compiled graph depend on the number of groups
+    ranges = k_ranges.gather(1, group[:, :, None, None].expand(-1, -1, *k_ranges.shape[2:]))  # (Bt, q, R, 2)
     begin, end = ranges[..., 0, None], ranges[..., 1, None]  # (Bt, q, R, 1)
     return ((begin <= keys) & (keys < end)).any(2)
 
@@ -72,18 +74,21 @@ class SnippetLayout:
     _devices: dict[torch.device, LayoutTables]  # copies elsewhere, made at first use
     _kind: str
 
-    def __init__(self, kind: str, rows: Sequence[Lines], k_len: int, batch: int | None = None) -> None:
-        """For the constructors: `rows` must be canonical, and all of one number of queries."""
+    def __init__(
+        self, kind: str, rows: Sequence[Lines], k_len: int, batch: int | None = None, *, ranges: int = 1
+    ) -> None:
+        """For the constructors: `rows` canonical and of one number of queries; room for `ranges` ranges or more."""
         q_len = int(rows[0].offsets[-1])
         self.__dict__.update(q_len=q_len, k_len=k_len, batch=batch, _rows=tuple(rows), _kind=kind, _devices={})
         with torch.inference_mode(False):  # an inference tensor, kept here, could not be saved for a later backward
-            tables = [torch.from_numpy(table) for table in _ranges.tabulate(self._rows, k_len)]
+            tables = [torch.from_numpy(table) for table in _ranges.tabulate(self._rows, k_len, ranges)]
         self.__dict__["_tables"] = LayoutTables(*tables)
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"SnippetLayout is immutable: {name} cannot be set")
 
-    __delattr__ = __setattr__  # type: ignore[assignment]
+    def __delattr__(self, name: str) -> None:
+        raise AttributeError(f"SnippetLayout is immutable: {name} cannot be deleted")
 
     # ---------------------------------------------------------------- constructors
 
@@ -149,7 +154,7 @@ class SnippetLayout:
             (np.append(none, tokens + ends[:-1]), np.append(none, tokens + ends[1:])),  # noisy itself
         )
         kind = f"teacher forcing {len(sizes)} snippets" + _limits(*limits)
-        return cls(kind, [rows], k_len)
+        return cls(kind, [rows], k_len, ranges=3 if window is not None and sink else 2)
 
     @classmethod
     def from_block_ids(
@@ -171,7 +176,7 @@ class SnippetLayout:
         """
         where = "SnippetLayout.from_block_ids"
         blocks = read_integers(f"{where}: ids", ids, "integers (N,) or (B, N)")
-        if blocks.ndim not in (1, 2) or not len(blocks):
+        if blocks.ndim not in (1, 2) or blocks.shape[:-1] == (0,):
             raise ValueError(f"{where}: ids: expected integers (N,) or (B, N), got shape {blocks.shape}")
         allowed = np.ones_like(blocks)
         if valid is not None:
@@ -181,9 +186,10 @@ class SnippetLayout:
                     f"{where}: valid: expected bool or 0/1 {blocks.shape} like ids, got {allowed.dtype} {allowed.shape}"
                 )
         k_len = read_int(f"{where}: ids: tokens", blocks.shape[-1])
-        if queries is None:
-            queries = k_len
-        begin, end = queries if isinstance(queries, tuple) else (k_len - queries, k_len)
+        if isinstance(queries, tuple):
+            begin, end = (read_int(f"{where}: queries", place) for place in queries)
+        else:
+            begin, end = k_len - (k_len if queries is None else read_int(f"{where}: queries", queries)), k_len
         if not 0 <= begin <= end <= k_len:
             raise ValueError(f"{where}: queries: expected some of the {k_len} tokens of ids, got {queries}")
         window, _ = _window(where, window_tokens, 0, "window_tokens")
@@ -253,7 +259,7 @@ class SnippetLayout:
             _ranges.concatenate([(part._row(b), start) for part, start in zip(parts, starts, strict=False)], k_len)
             for b in range(max(len(part._rows) for part in parts))
         ]
-        return cls("packed " + _kinds(parts), rows, k_len, batch)
+        return cls("packed " + _kinds(parts), rows, k_len, batch, ranges=_room(parts))
 
     @classmethod  # type: ignore[no-redef]
     def batch(cls, layouts: Sequence[SnippetLayout]) -> SnippetLayout:
@@ -268,7 +274,7 @@ class SnippetLayout:
             rows += [
                 _ranges.concatenate([(row, 0), (rest, 0)], k_len) if part.q_len < q_len else row for row in part._rows
             ]
-        return cls("batch of " + _kinds(parts), rows, k_len, len(rows))
+        return cls("batch of " + _kinds(parts), rows, k_len, len(rows), ranges=_room(parts))
 
     # ---------------------------------------------------------------- what ops use
 
@@ -376,7 +382,7 @@ class SnippetLayout:
         return hash(self._meaning())
 
     def __reduce__(self) -> tuple:
-        return SnippetLayout, (self._kind, self._rows, self.k_len, self.batch)
+        return functools.partial(SnippetLayout, ranges=_room([self])), (self._kind, self._rows, self.k_len, self.batch)
 
 
 @functools.lru_cache(maxsize=64)
@@ -393,7 +399,8 @@ def _block_causal(
     ends, (first, sunk) = offsets_of(k_lengths), _seen_snippets(len(k_lengths), window, sink)
     k_len = int(ends[-1])
     rows = _ranges.from_columns(q_lengths, k_len, (0, ends[sunk]), (ends[first], ends[1:]))
-    return SnippetLayout(kind + _limits(window, sink), [rows], k_len)
+    ranges = 2 if window is not None and sink else 1
+    return SnippetLayout(kind + _limits(window, sink), [rows], k_len, ranges=ranges)
 
 
 def _seen_snippets(snippets: int, window: int | None, sink: int) -> tuple[np.ndarray, np.ndarray]:
@@ -427,6 +434,10 @@ def _parts(where: str, layouts: Sequence[SnippetLayout]) -> list[SnippetLayout]:
     if not parts:
         raise ValueError(f"{where}: layouts: expected at least one, got none")
     return parts
+
+
+def _room(parts: Sequence[SnippetLayout]) -> int:
+    return max(part._tables.k_ranges.shape[2] for part in parts)
 
 
 def _kinds(parts: Sequence[SnippetLayout]) -> str:
