@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mirasol_kernels.block_causal_attention import reference
-from mirasol_kernels.block_causal_attention.op import OP, Fused
+from mirasol_kernels.block_causal_attention.op import OP, Fused, unit_stride
 from mirasol_kernels.layout import SnippetLayout
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -49,7 +49,7 @@ def block_causal_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention in which every query row sees the few ranges of keys that `layout` gives it.
 
-        out_i = sum_j p_ij v_j,   p_ij = exp(scale q_i.k_j - lse_i),   lse_i = log sum_j exp(scale q_i.k_j),   j seen by i
+        out_i = sum_j p_ij v_j,  p_ij = exp(scale q_i.k_j - lse_i),  lse_i = log sum_j exp(scale q_i.k_j),  j seen by i
 
     q: (B, Hq, Nq, D), k: (B, Hkv, Nk, D), v: (B, Hkv, Nk, Dv), all of one dtype (float32, float16, bfloat16; float64
     on the reference) and on one device.  Hq is a multiple of Hkv: query head h reads key head h // (Hq // Hkv).  D and
@@ -75,7 +75,7 @@ def block_causal_attention(
     q, k, v = cast(q), cast(k), cast(v)
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     tables = layout.tables(q.device)
-    chosen = OP.select((q, k, v, *tables, scale), backend)
+    chosen = OP.select((q, k, v, *tables, scale, backend), backend)
     if chosen is None:
         out, lse = reference.block_causal_attention(q, k, v, tables.q_offsets, tables.k_ranges, scale, layout.span)
     else:
@@ -121,8 +121,3 @@ def cast(x: Tensor) -> Tensor:
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(device))
     return x
-
-
-def unit_stride(x: Tensor) -> Tensor:
-    """x, copied only if its last dimension is not contiguous."""
-    return x if x.stride(3) == 1 else x.clone(memory_format=torch.contiguous_format)

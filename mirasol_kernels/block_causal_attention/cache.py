@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from mirasol_kernels.block_causal_attention import reference
-from mirasol_kernels.block_causal_attention.api import check, shape, unit_stride
-from mirasol_kernels.block_causal_attention.op import OP
+from mirasol_kernels.block_causal_attention.api import check, shape
+from mirasol_kernels.block_causal_attention.op import OP, unit_stride
 
 
 class SnippetCache:
@@ -104,7 +104,7 @@ class SnippetCache:
         q_offsets = (torch.arange(2, device=device, dtype=torch.int32) * q.shape[2]).repeat(batch, 1)  # (B, 2)
         end = self.position.clamp(max=self.sink + self.window) * self.snippet_tokens
         k_ranges = torch.stack([torch.zeros_like(end), end], 1)[:, None, None]  # (B, 1, 1, 2)
-        chosen = OP.select((q, self.k, self.v, q_offsets, k_ranges, scale), backend)
+        chosen = OP.select((q, self.k, self.v, q_offsets, k_ranges, scale, backend), backend)
         attend = reference.block_causal_attention if chosen is None else chosen.calls["fwd"]
         out, lse = attend(q, self.k, self.v, q_offsets, k_ranges, scale)
         return (out, lse) if return_lse else out

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mirasol_kernels._dispatch import Op
+from mirasol_kernels._dispatch import Op, wanted_backend
 
 FWD = "(Tensor q, Tensor k, Tensor v, Tensor q_offsets, Tensor k_ranges, float scale) -> (Tensor, Tensor)"
 BWD = (
@@ -34,30 +35,72 @@ def _fake_bwd(dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: A
 OP = Op("block_causal_attention", cases=f"{__package__}.cases", fwd=(FWD, _fake_fwd), bwd=(BWD, _fake_bwd))
 
 
-def _float32(q: Tensor, *_: Any) -> str | None:
+# Compute capability -> the file under benchmarks/results that showed the CUDA kernels right and fast on it.
+VERIFIED: dict[tuple[int, int], str] = {}
+
+
+def _native(q: Tensor, *_: Any) -> str | None:
     return None if q.dtype == torch.float32 else "float32 only"
 
 
-OP.backend("native", "cpu", _float32)
+def _cuda(q: Tensor, *rest: Any) -> str | None:
+    if q.dtype != torch.float32:
+        return "float32 only"
+    named = rest[-1] or wanted_backend()
+    if named != "cuda" and torch.cuda.get_device_capability(q.device) not in VERIFIED:
+        return "not verified on this GPU: runs only if asked for by name"
+    return None
+
+
+def _on_current_stream(part: str) -> Callable:
+    """The compiled CUDA kernel of `part`.  It links no CUDA part of torch, so the stream is an argument."""
+
+    def launch(q: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        kernel = getattr(torch.ops.mirasol_cuda_raw, f"block_causal_attention_{part}")
+        return kernel(q, *args, torch.cuda.current_stream(q.device).cuda_stream)
+
+    return launch
+
+
+OP.backend("native", "cpu", _native)
+OP.backend("cuda", "cuda", _cuda, fwd=_on_current_stream("fwd"), bwd=_on_current_stream("bwd"))
+
+
+def unit_stride(x: Tensor) -> Tensor:
+    """x (B, H, N, D), copied only if its last dimension is not contiguous."""
+    return x if x.stride(3) == 1 else x.clone(memory_format=torch.contiguous_format)
 
 
 class Fused(torch.autograd.Function):
-    """q, k and v with unit stride in the last dimension, the five tables of `LayoutTables`, scale, name of the backend."""
+    """Of q, k and v with unit stride in the last dimension, the tables of `LayoutTables`, scale, a backend's name."""
 
     @staticmethod
-    def forward(ctx, q, k, v, q_offsets, k_ranges, k_offsets, q_index, q_ranges, scale, backend):
-        out, lse = calls(backend)["fwd"](q, k, v, q_offsets, k_ranges, scale)
-        ctx.save_for_backward(q, k, v, out, lse, q_offsets, k_ranges, k_offsets, q_index, q_ranges)
-        ctx.scale, ctx.backend = scale, backend
-        return out, lse
+    def forward(q, k, v, q_offsets, k_ranges, k_offsets, q_index, q_ranges, scale, backend):
+        return calls(backend)["fwd"](q, k, v, q_offsets, k_ranges, scale)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, ctx.scale, ctx.backend = inputs
+        ctx.save_for_backward(*tensors[:3], *output, *tensors[3:])
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout, dlse):
-        # A gradient may come with any strides: that of a sum is one number, expanded.
-        dout = dout if dout.stride(3) == 1 else dout.contiguous()
-        grads = calls(ctx.backend)["bwd"](dout, dlse.contiguous(), *ctx.saved_tensors, ctx.scale)
+        # A gradient may have any strides: that of a sum is one number, expanded.
+        grads = calls(ctx.backend)["bwd"](unit_stride(dout), dlse.contiguous(), *ctx.saved_tensors, ctx.scale)
         return *grads, None, None, None, None, None, None, None
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        """The mapped dimension joins the batch."""
+        size, (*tables, scale, backend) = info.batch_size, args[3:]
+        qkv = [
+            x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+            for x, dim in zip(args[:3], in_dims, strict=False)
+        ]
+        tables = [t if len(t) == 1 else t.repeat(size, *[1] * (t.ndim - 1)) for t in tables]
+        out, lse = Fused.apply(*[unit_stride(x.flatten(0, 1)) for x in qkv], *tables, scale, backend)
+        return (out.unflatten(0, (size, -1)), lse.unflatten(0, (size, -1))), (0, 0)
 
 
 def calls(backend: str) -> dict[str, Any]:

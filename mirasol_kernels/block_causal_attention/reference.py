@@ -1,7 +1,8 @@
-"""The definition, in blocks of query rows: eager PyTorch, any device, any float dtype, differentiable as often as one likes."""
+"""The definition, in blocks of query rows: eager PyTorch, any device and float dtype, differentiable at will."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -23,9 +24,9 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float) -> tupl
     """
     asks, read = seen.any(2)[:, None, :], seen.any(1)[:, None, :, None]  # (Bt, 1, n), (Bt, 1, w, 1)
     # 0 * NaN is NaN: what nobody sees, and rows that see nothing, leave before the products, not after them.
-    q, k, v = torch.where(asks[..., None], q, 0), torch.where(read, k, 0), torch.where(read, v, 0)
+    q, k, v = torch.where(asks[..., None], q * scale, 0), torch.where(read, k, 0), torch.where(read, v, 0)
     grouped = q.unflatten(1, (k.shape[1], -1))  # (B, Hkv, g, n, D)
-    scores = grouped.flatten(2, 3) @ k.transpose(2, 3) * scale  # (B, Hkv, g*n, w)
+    scores = grouped.flatten(2, 3) @ k.mT  # (B, Hkv, g*n, w)
     scores = scores.unflatten(2, grouped.shape[2:4]).flatten(1, 2)  # (B, Hq, n, w)
     # A row that sees nothing hides nothing, so that no derivative meets inf - inf; its result is dropped below.
     scores = scores.masked_fill(~seen[:, None] & asks[..., None], -torch.inf)
@@ -64,6 +65,6 @@ def block_causal_attention(
     edges = [rows * n // blocks for n in range(blocks + 1)]
     parts = [
         checkpoint(block, wide_q, wide_k, wide_v, i, j, use_reentrant=False, preserve_rng_state=False)
-        for i, j in zip(edges, edges[1:], strict=False)
+        for i, j in itertools.pairwise(edges)
     ]
     return torch.cat([out.to(q.dtype) for out, _ in parts], 2), torch.cat([lse for _, lse in parts], 2)
