@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 Triple = tuple[int, int, int]
+Kind = Literal["transformer", "ttm", "perceiver", "token_learner"]
 TubeSpec = tuple[Triple, Triple, Triple]  # kernel, stride, offset, each (frames, rows, columns)
 
 
@@ -89,14 +90,10 @@ class EncoderConfig:
 class CombinerConfig:
     """(v_t, a_t) -> x_t, `tokens` per snippet."""
 
-    kind: Literal["transformer", "ttm", "perceiver", "token_learner"] = (
-        "transformer"  # paper: the first two; the rest are ablations
-    )
-    context: Literal["current", "all"] = (
-        "current"  # paper: the figure shows current, the formula says all (transformer only)
-    )
+    kind: Kind = "transformer"  # paper: transformer and ttm; perceiver and token_learner for its ablations
+    context: Literal["current", "all"] = "current"  # paper: the figure shows current, the formula all snippets so far
     order: Literal["queries", "last"] = (
-        "queries"  # ours: [video | audio | learned queries]; "last": the plain last tokens leave
+        "queries"  # ours: [video | audio | learned queries]; "last" goes without queries
     )
     tokens: int = 32  # second-hand: m
     layers: int = 8  # ours: of the transformer, of the Perceiver, of the TTM's processor
@@ -227,6 +224,18 @@ class MirasolConfig:
             raise ValueError(f"config: preset: expected one of {', '.join(PRESETS)}, got {name!r}")
         return PRESETS[name]
 
+    def differences(self, other: MirasolConfig) -> str:
+        """The fields in which `other` is another model, as "combiner.kind 'ttm' (not 'transformer')"; "" if none.
+
+        What may be chosen anew for each training of the same weights does not count.
+        """
+        mine, theirs = _flat(self.to_dict()), _flat(other.to_dict())
+        return ", ".join(
+            f"{name} {theirs[name]!r} (not {value!r})"
+            for name, value in mine.items()
+            if value != theirs[name] and name not in FREE
+        )
+
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
@@ -241,6 +250,18 @@ class MirasolConfig:
     @classmethod
     def from_json(cls, text: str) -> MirasolConfig:
         return cls.from_dict(json.loads(text))
+
+
+FREE = ("recompute", "latent.mask_ratio", "losses.latent", "losses.reconstruction", "losses.text", "losses.distance")
+
+
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+    """{"video": {"frames": 8}} -> {"video.frames": 8}"""
+    return {
+        f"{part}.{name}" if isinstance(fields, dict) else part: value
+        for part, fields in values.items()
+        for name, value in (fields.items() if isinstance(fields, dict) else [(part, fields)])
+    }
 
 
 def _build(cls: type, values: object, path: str) -> Any:

@@ -1,0 +1,71 @@
+"""The transformer block that every part of the model is made of, and rotary positions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q (B, H, Nq, D), k and v (B, H, Nk, D) -> (B, H, Nq, D)
+Rotary = tuple[Tensor, Tensor]  # cos and sin, (N, D/2) or (B, 1, N, D/2)
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """(B, N, H*D) -> (B, H, N, D), a view: the kernels take any strides but the last."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """(B, H, N, D) -> (B, N, H*D)"""
+    return x.transpose(1, 2).flatten(2)
+
+
+def rotary(positions: Tensor, head_dim: int, dtype: torch.dtype) -> Rotary:
+    """Angles position * 10000^(-2i/D) of each channel pair (arXiv 2104.09864); positions (..., N) of any range.
+
+    Taken in float64: a stream's positions grow without end, and float32 would lose the fast channels first.
+    """
+    frequency = 10_000.0 ** -(torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float64) / head_dim)
+    angle = positions.double()[..., None] * frequency  # (..., N, D/2)
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def rotate(x: Tensor, angles: Rotary) -> Tensor:
+    """x (B, H, N, D) turned by the angles of its tokens; the channel pairs are (i, i + D/2)."""
+    cos, sin = (a.to(x.dtype) for a in angles)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block. Who sees whom is the caller's `attend`, so it serves every layout and cache."""
+
+    def __init__(self, dim: int, heads: int, mlp_dim: int):
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.query, self.key_value, self.out = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
+        self.up, self.down = nn.Linear(dim, mlp_dim), nn.Linear(mlp_dim, dim)
+
+    def forward(self, x: Tensor, attend: Attend, leave: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
+        """x (B, N, d) -> (B, Nq, d).  `leave` picks the tokens (B, Nq, d) that leave: the others are only attended to,
+        so for them there is no query, no MLP and no second norm."""
+        y = self.norm1(x)
+        q = split_heads(self.query(leave(y)), self.heads)  # (B, H, Nq, D)
+        k, v = (split_heads(part, self.heads) for part in self.key_value(y).chunk(2, dim=-1))  # (B, H, N, D)
+        x = leave(x) + self.out(merge_heads(attend(q, k, v)))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+def init_weights(module: nn.Module, depth: int) -> None:
+    """Truncated normal 0.02 for every linear layer, the ones that write to the residual stream of a transformer of
+    `depth` blocks 1/sqrt(2 depth) times that (GPT-2's rule); biases zero."""
+    for name, layer in module.named_modules():
+        if isinstance(layer, nn.Linear):
+            writes = name.endswith(("out", "down"))
+            nn.init.trunc_normal_(layer.weight, std=0.02 / math.sqrt(2 * depth) if writes else 0.02)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
