@@ -80,7 +80,8 @@ def transpose(lines: Lines, k_len: int) -> Lines:
     """
     stride = k_len + 1
     at = lines.owner[:, None]
-    events = np.sort(np.concatenate([at * stride + lines.ranges, (at + 1) * stride + lines.ranges]), axis=None)
+    events = np.concatenate([at * stride + lines.ranges, (at + 1) * stride + lines.ranges]).ravel()
+    events.sort(kind="stable")  # a merge: both halves are sorted
     line, change = np.divmod(events.reshape(-1, 2), stride)  # both (changes, 2)
     real = change[:, 0] < change[:, 1]
     line, change = line[real, 0], change[real]
@@ -126,6 +127,14 @@ def concatenate(parts: Sequence[tuple[Lines, int]], k_len: int) -> Lines:
     return union(offsets, line, begin, end, k_len)
 
 
+def extend(lines: Lines, q_len: int) -> Lines:
+    """The same rows, and after them up to q_len rows that see nothing."""
+    if q_len == lines.offsets[-1]:
+        return lines
+    kept = len(lines.offsets) - int(lines.counts[-1:].tolist() == [0])  # a last line that sees nothing grows
+    return Lines(np.append(lines.offsets[:kept], q_len), np.append(lines.starts[:kept], lines.starts[-1]), lines.ranges)
+
+
 def of_blocks(ids: np.ndarray, valid: np.ndarray, q_begin: int, q_end: int, window: int | None) -> Lines:
     """The rows of `SnippetLayout.from_block_ids`: tokens [q_begin, q_end) of ids (N,), valid (N,) bool.
 
@@ -153,8 +162,7 @@ def of_blocks(ids: np.ndarray, valid: np.ndarray, q_begin: int, q_end: int, wind
         rank = np.unique(blocks, return_inverse=True)[1]
         here = np.searchsorted(rank * stride + runs[:, 0], np.append(rank, 0)[first] * stride + row, "right")
         columns += _picks(runs, np.maximum(here - 1, first), last, 6)
-    columns.append((0, 0))
-    return from_columns(np.ones_like(row), len(ids), *columns)
+    return from_columns(np.ones_like(row), len(ids), *(columns or [(0, 0)]))
 
 
 def _runs(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -199,7 +207,10 @@ def tabulate(rows: Sequence[Lines], k_len: int, most: int) -> list[np.ndarray]:
 
 def _padded(arrays: Sequence[np.ndarray], n: int) -> np.ndarray:
     """(Bt, n): each row goes on with its last value, which makes lines without rows."""
-    return np.stack([np.pad(array, (0, n - len(array)), mode="edge") for array in arrays])
+    table = np.empty((len(arrays), n), np.int64)
+    for line, array in zip(table, arrays, strict=True):
+        line[: len(array)], line[len(array) :] = array, array[-1]
+    return table
 
 
 def cells(row: Lines, down: np.ndarray, across: np.ndarray) -> np.ndarray:

@@ -178,6 +178,7 @@ class SnippetLayout:
         blocks = read_integers(f"{where}: ids", ids, "integers (N,) or (B, N)")
         if blocks.ndim not in (1, 2) or blocks.shape[:-1] == (0,):
             raise ValueError(f"{where}: ids: expected integers (N,) or (B, N), got shape {blocks.shape}")
+        blocks = blocks.astype(np.int64)
         allowed = np.ones_like(blocks)
         if valid is not None:
             allowed = read_integers(f"{where}: valid", valid, "bool or 0/1, of the shape of ids", "biu")
@@ -186,7 +187,7 @@ class SnippetLayout:
                     f"{where}: valid: expected bool or 0/1 {blocks.shape} like ids, got {allowed.dtype} {allowed.shape}"
                 )
         k_len = read_int(f"{where}: ids: tokens", blocks.shape[-1])
-        if isinstance(queries, tuple):
+        if isinstance(queries, tuple) and len(queries) == 2:
             begin, end = (read_int(f"{where}: queries", place) for place in queries)
         else:
             begin, end = k_len - (k_len if queries is None else read_int(f"{where}: queries", queries)), k_len
@@ -204,7 +205,8 @@ class SnippetLayout:
     def cross(cls, q_lengths: Ints, k_lengths: Ints, upto: Ints, first: Ints | None = None) -> SnippetLayout:
         """Query group i, q_lengths[i] rows, sees the key snippets first[i] .. upto[i]-1; first None is from snippet 0.
 
-        q_lengths, upto, first: (G,).  k_lengths: (S,).  first[i] == upto[i] sees nothing.
+        q_lengths, upto, first: (G,).  k_lengths: (S,).  first[i] == upto[i] sees nothing.  Where upto jumps up and down
+        among G groups, the table for backward may grow as G * S.
         """
         where = "SnippetLayout.cross"
         queries = read_lengths(f"{where}: q_lengths", q_lengths)
@@ -263,17 +265,14 @@ class SnippetLayout:
 
     @classmethod  # type: ignore[no-redef]
     def batch(cls, layouts: Sequence[SnippetLayout]) -> SnippetLayout:
-        """One layout per row of the batch.  All are as long as the longest: what a shorter one lacks sees nothing and
-        is not seen."""
+        """One layout per row of the batch (a layout with batch rows of its own brings them all).
+
+        All become as long as the longest: the tokens that a shorter one lacks see nothing and are not seen.
+        """
         where = "SnippetLayout.batch"
         parts = _parts(where, layouts)
         q_len, k_len = max(part.q_len for part in parts), max(part.k_len for part in parts)
-        rows = []
-        for part in parts:
-            rest = _ranges.from_columns(np.array([q_len - part.q_len]), k_len, (0, 0))
-            rows += [
-                _ranges.concatenate([(row, 0), (rest, 0)], k_len) if part.q_len < q_len else row for row in part._rows
-            ]
+        rows = [_ranges.extend(row, q_len) for part in parts for row in part._rows]
         return cls("batch of " + _kinds(parts), rows, k_len, len(rows), ranges=_room(parts))
 
     # ---------------------------------------------------------------- what ops use

@@ -464,6 +464,7 @@ ERRORS = {
     "queries": (lambda: L.from_block_ids([0, 1], queries=3), ValueError, r"queries: .* the 2 tokens of ids, got 3"),
     "queries pair": (lambda: L.from_block_ids([0], queries=(1, 0)), ValueError, r"queries: .* got \(1, 0\)"),
     "queries kind": (lambda: L.from_block_ids([0], queries=0.5), TypeError, r"queries: expected an int, got float"),
+    "queries triple": (lambda: L.from_block_ids([0], queries=(0, 1, 1)), TypeError, r"expected an int, got tuple"),
     "window_tokens": (lambda: L.from_block_ids([0], window_tokens=0), ValueError, r"window_tokens: expected 1 to"),
     "cross upto": (
         lambda: L.cross([1, 1], [2], [1, 2]),
