@@ -11,6 +11,7 @@ to snippet (the TTM's memory, the keys and values of context "all", nothing othe
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -327,7 +328,7 @@ class TuringCombiner(Combiner):
         return x, memory
 
 
-KINDS: dict[str, type[Combiner]] = {
+KINDS: dict[str, Callable[[int, CombinerConfig], Combiner]] = {
     "transformer": TransformerCombiner,
     "ttm": TuringCombiner,
     "perceiver": PerceiverCombiner,
@@ -336,4 +337,4 @@ KINDS: dict[str, type[Combiner]] = {
 
 
 def build_combiner(dim: int, config: CombinerConfig) -> Combiner:
-    return KINDS[config.kind](dim, config)  # type: ignore[call-arg]
+    return KINDS[config.kind](dim, config)

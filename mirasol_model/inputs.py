@@ -29,7 +29,9 @@ class Clips(NamedTuple):
 
     def part(self, begin: int, end: int) -> Clips:
         """Snippets begin .. end-1."""
-        return Clips(*(None if field is None else field[:, begin:end] for field in self))
+        video = None if self.video is None else self.video[:, begin:end]
+        audio = None if self.audio is None else self.audio[:, begin:end]
+        return Clips(video, audio, self.frames[:, begin:end], self.samples[:, begin:end])
 
 
 def read_clips(

@@ -78,8 +78,7 @@ class Reconstruction(nn.Module):
 
     def target(self, snippets: Tensor) -> Tensor:
         """(R, channels, *space), time first in space -> patches (R, P, values) of its area-averaged small form."""
-        pool = F.adaptive_avg_pool3d if len(self.size) == 3 else F.adaptive_avg_pool2d
-        x = pool(snippets, self.size)
+        x = F.interpolate(snippets, size=self.size, mode="area")
         for axis, patch in enumerate(self.patch):
             x = x.unflatten(2 + 2 * axis, (-1, patch))  # (R, channels, n0, p0, n1, p1, ...)
         axes = range(2, x.ndim)

@@ -48,8 +48,8 @@ class Encoded(NamedTuple):
     """Clips as the text decoder reads them: encode once, ask often."""
 
     latents: Tensor  # h (B, T, m, d); meaningless past the end of a clip
+    combined: Tensor  # x (B, T, m, d), what the latents are made from
     age: np.ndarray  # (B, T): 1 for the last snippet of a clip, 2 for the one before; 0 and less past its end
-    combined: Tensor | None = None  # x (B, T, m, d)
 
 
 class Mirasol(nn.Module, PyTorchModelHubMixin, library_name="mirasol-kernels", license="apache-2.0"):
@@ -166,7 +166,7 @@ class Mirasol(nn.Module, PyTorchModelHubMixin, library_name="mirasol-kernels", l
     def _encode(self, clips: Clips) -> Encoded:
         x = self._combine(clips)
         age = clips.lengths[:, None] - np.arange(clips.frames.shape[1])
-        return Encoded(self.latent(x), age, x)
+        return Encoded(self.latent(x), x, age)
 
     def _combine(self, clips: Clips) -> Tensor:
         """-> x (B, T, m, d)"""
@@ -183,8 +183,8 @@ class Mirasol(nn.Module, PyTorchModelHubMixin, library_name="mirasol-kernels", l
         video = audio = None
         video_counts = audio_counts = None
         if clips.video is not None:
-            size = tuple(clips.video.shape[-2:])
-            video_counts = _each(lambda n: self.video_tokens.valid_tokens(n, size), clips.frames)
+            height, width = clips.video.shape[-2:]
+            video_counts = _each(lambda n: self.video_tokens.valid_tokens(n, (height, width)), clips.frames)
             video = self._see(clips.video, video_counts, lambda x, rows: self.video_tokens(x))
         if clips.audio is not None:
 
@@ -285,13 +285,15 @@ class Mirasol(nn.Module, PyTorchModelHubMixin, library_name="mirasol-kernels", l
     # ------------------------------------------------------------------------------------------------------- disk
 
     @classmethod
-    def from_pretrained(cls, source: str | Path, *, config: MirasolConfig | None = None, **options: Any) -> Mirasol:
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: str | Path, *, config: MirasolConfig | None = None, **options: Any
+    ) -> Mirasol:
         """A saved model, from a folder or the Hugging Face hub. It is in eval mode.
 
         config: by default the saved one. Another one may differ in what is chosen anew for each training (`recompute`,
         the weights of the losses, the mask ratio); anything else is a ValueError that names it.
         """
-        return super().from_pretrained(source, wanted=config, **options)
+        return super().from_pretrained(pretrained_model_name_or_path, wanted=config, **options)
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, config: Any = None, wanted: Any = None, **options: Any) -> Mirasol:

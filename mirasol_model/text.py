@@ -96,7 +96,7 @@ class TextDecoder(nn.Module):
         angles = rotary(-ages[:, None], head_dim, torch.promote_types(h.dtype, torch.float32))
         real = None if (age > 0).all() else (ages > 0)[:, None, None]
         h = h.flatten(1, 2)  # (B, T*m, d)
-        return Memory([block.remember(h, angles) for block in self.blocks], real)
+        return Memory([block.remember(h, angles) for block in self.blocks], real)  # type: ignore[operator]
 
     def forward(self, text: Tensor, memory: Memory, cache: TextCache | None = None) -> Tensor:
         """text (B, L): all of it, or with a cache what comes next (at first any number of tokens, then one by one)."""
