@@ -1,0 +1,96 @@
+#pragma once
+// Tensors as the bindings get them -> what kernels take, checked.  A template on the tensor's class, so that it names no
+// torch header; mirasol_kernels/block_causal_attention/api.py has said it better to who calls through Python.
+#include <initializer_list>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+#include "block_causal_attention/kernel.h"
+
+namespace mirasol::attention {
+
+constexpr int64_t MAX_DIM = 256;
+
+inline std::string tuple(const int64_t* sizes, size_t n) {
+  std::string text = "(";
+  for (size_t i = 0; i < n; ++i) text += (i ? ", " : "") + (sizes[i] < 0 ? std::string("any") : std::to_string(sizes[i]));
+  return text + ")";
+}
+
+inline void expect(bool fine, const char* name, const std::string& expected, const std::string& got) {
+  if (!fine) throw std::runtime_error(std::string("block_causal_attention: ") + name + ": expected " + expected + ", got " + got);
+}
+
+// Of these sizes (-1: any).
+template <class Tensor>
+void expect_sizes(const char* name, const Tensor& x, std::initializer_list<int64_t> want) {
+  bool fine = x.dim() == int64_t(want.size());
+  for (size_t i = 0; fine && i < want.size(); ++i) fine = want.begin()[i] < 0 || want.begin()[i] == x.size(i);
+  expect(fine, name, tuple(want.begin(), want.size()), tuple(x.sizes().data(), x.dim()));
+}
+
+template <class T, class Tensor>
+const T* elements(const char* name, const Tensor& x) {
+  using Type = decltype(x.scalar_type());
+  const bool fine = x.scalar_type() == (std::is_same_v<T, float> ? Type::Float : Type::Int);
+  expect(fine, name, std::is_same_v<T, float> ? "float32" : "int32", "another dtype");
+  return static_cast<const T*>(x.data_ptr());
+}
+
+// float32 (B, H, N, D), or (B, H, N) where want has three sizes.
+template <class Tensor>
+View<const float> input(const char* name, const Tensor& x, std::initializer_list<int64_t> want) {
+  expect_sizes(name, x, want);
+  if (want.size() == 4)
+    expect(x.size(3) <= 1 || x.stride(3) == 1, name, "stride 1 in the last dimension", std::to_string(x.stride(3)));
+  return {elements<float>(name, x), x.stride(0), x.stride(1), x.stride(2)};
+}
+
+template <class Tensor>
+View<float> output(const Tensor& x) {
+  return {static_cast<float*>(x.data_ptr()), x.stride(0), x.stride(1), x.stride(2)};
+}
+
+template <class Tensor>
+const int32_t* table(const char* name, const Tensor& x, std::initializer_list<int64_t> want) {
+  expect_sizes(name, x, want);
+  expect(x.is_contiguous(), name, "a contiguous table", "strides");
+  return elements<int32_t>(name, x);
+}
+
+template <class Tensor>
+Shape shape_of(const Tensor& q, const Tensor& k, const Tensor& v, double scale) {
+  expect_sizes("q", q, {-1, -1, -1, -1});
+  expect_sizes("k", k, {q.size(0), -1, -1, q.size(3)});
+  expect_sizes("v", v, {q.size(0), k.size(1), k.size(2), -1});
+  const Shape shape{q.size(0), q.size(1), k.size(1), q.size(2), k.size(2), q.size(3), v.size(3), float(scale)};
+  const auto dims = std::to_string(shape.dim) + " and " + std::to_string(shape.value_dim);
+  expect(shape.dim <= MAX_DIM && shape.value_dim <= MAX_DIM, "q, v", "at most 256 in the last dimension", dims);
+  const bool grouped = shape.kv_heads > 0 ? shape.q_heads % shape.kv_heads == 0 : shape.q_heads == 0;
+  expect(grouped, "q", "a multiple of " + std::to_string(shape.kv_heads) + " heads", std::to_string(shape.q_heads));
+  return shape;
+}
+
+template <class Tensor>
+Ranges ranges_of(const Shape& shape, const Tensor& q_offsets, const Tensor& k_ranges) {
+  expect_sizes("q_offsets", q_offsets, {-1, -1});
+  const int64_t batch = q_offsets.size(0), groups = q_offsets.size(1) - 1;
+  expect(batch == 1 || batch == shape.batch, "q_offsets", "1 or " + std::to_string(shape.batch) + " tables", std::to_string(batch));
+  expect(groups >= 0, "q_offsets", "at least one column", "none");
+  const int32_t* offsets = table("q_offsets", q_offsets, {batch, groups + 1});
+  const int32_t* ranges = table("k_ranges", k_ranges, {batch, groups, -1, 2});
+  return {batch, groups, k_ranges.size(2), offsets, ranges};
+}
+
+template <class Tensor>
+Transposed transposed_of(const Ranges& seen, const Tensor& k_offsets, const Tensor& q_index, const Tensor& q_ranges) {
+  expect_sizes("k_offsets", k_offsets, {seen.batch, -1});
+  const int64_t segments = k_offsets.size(1) - 1;
+  expect(segments >= 0, "k_offsets", "at least one column", "none");
+  const int32_t* offsets = table("k_offsets", k_offsets, {seen.batch, segments + 1});
+  const int32_t* index = table("q_index", q_index, {seen.batch, segments + 1});
+  const int32_t* ranges = table("q_ranges", q_ranges, {seen.batch, -1, 2});
+  return {segments, q_ranges.size(1), offsets, index, ranges};
+}
+
+}  // namespace mirasol::attention

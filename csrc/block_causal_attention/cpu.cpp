@@ -1,0 +1,2 @@
+#include "block_causal_attention/backward.h"
+#include "block_causal_attention/forward.h"

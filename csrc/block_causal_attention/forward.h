@@ -1,0 +1,103 @@
+#pragma once
+// Forward: one item is a tile of query rows of one head, walked once over the keys it sees with an online softmax.
+#include "block_causal_attention/tile.h"
+
+namespace mirasol::MIRASOL_ISA {
+
+using attention::Forward;
+
+constexpr int FORWARD_KEYS = 192;  // keys of a softmax step
+
+struct Running {  // of the softmax, per row of the tile
+  alignas(64) float top[TILE];    // largest score so far
+  alignas(64) float total[TILE];  // sum of exp(score - top)
+};
+
+struct Placed {  // a piece of the current step and where its scores stand
+  Piece piece;
+  Span span;
+  int slot;
+};
+
+// Scores of one vector of rows become exp(score - top), with top, total and `out` (value_dim, TILE) brought up to date.
+static void softmax_step(float* scores, const Placed* placed, int count, int v, Running& run, float* out, int64_t dim) {
+  Vec old = load(run.top + v * WIDTH), top = old;
+  bool touched = false;
+  for (const Placed* x = placed; x < placed + count; ++x) {
+    const int i = v - x->span.first;
+    if (i < 0 || i >= x->span.count) continue;
+    touched = true;
+    float* s = scores + x->slot * TILE + v * WIDTH;
+    if (x->span.masked)
+      for (int key = 0; key < x->piece.keys; ++key)
+        store(s + key * TILE, select(x->span.mask[i], load(s + key * TILE), broadcast(-__builtin_inff())));
+    for (int key = 0; key < x->piece.keys; ++key) top = max(load(s + key * TILE), top);  // passes over NaN
+  }
+  if (!touched) return;
+  const Vec base = select(top == -__builtin_inff(), Vec{}, top);  // a row that has seen nothing yet: exp(-inf) is 0
+  const Vec shrink = exp(old - base);
+  Vec total{};
+  for (const Placed* x = placed; x < placed + count; ++x) {
+    if (v < x->span.first || v >= x->span.first + x->span.count) continue;
+    float* s = scores + x->slot * TILE + v * WIDTH;
+    for (int key = 0; key < x->piece.keys; ++key) {
+      const Vec p = exp(load(s + key * TILE) - base);
+      store(s + key * TILE, p);
+      total += p;
+    }
+  }
+  store(run.total + v * WIDTH, fma(load(run.total + v * WIDTH), shrink, total));
+  store(run.top + v * WIDTH, top);
+  for (float* o = out + v * WIDTH; o < out + dim * TILE; o += TILE) store(o, load(o) * shrink);
+}
+
+static void forward_tile(const Forward& f, int64_t batch, int64_t head, int64_t row, int rows, float* workspace) {
+  const Shape& shape = f.shape;
+  const int64_t kv_head = head / (shape.q_heads / shape.kv_heads);
+  const int vectors = (rows + WIDTH - 1) / WIDTH;
+  float* q = workspace;                          // (dim, TILE), scaled
+  float* out = q + shape.dim * TILE;             // (value_dim, TILE)
+  float* s = out + shape.value_dim * TILE;       // (FORWARD_KEYS, TILE)
+  pack_transposed(at(f.q, batch, head, row), f.q.row, rows, shape.dim, shape.scale, q);
+  for (int64_t i = 0; i < shape.value_dim * TILE; i += WIDTH) store(out + i, Vec{});
+  Running run;
+  for (int i = 0; i < TILE; ++i) run.top[i] = -__builtin_inff(), run.total[i] = 0;
+
+  Pieces sweep = pieces(f.seen, batch, row, rows, 0, shape.k_len);
+  Placed placed[FORWARD_KEYS];
+  Piece piece;
+  bool more = next(sweep, FORWARD_KEYS, piece);
+  while (more) {
+    int count = 0;
+    for (int slot = 0; more && slot + piece.keys <= FORWARD_KEYS; more = next(sweep, FORWARD_KEYS, piece)) {
+      Placed& x = placed[count++] = {piece, span(piece, rows), slot};
+      scores(piece, x.span, q, shape.dim, at(f.k, batch, kv_head, piece.key), f.k.row, s + slot * TILE);
+      slot += piece.keys;
+    }
+    for (int v = 0; v < vectors; ++v) softmax_step(s, placed, count, v, run, out, shape.value_dim);
+    for (const Placed* x = placed; x < placed + count; ++x)
+      gather(x->piece, x->span, s + x->slot * TILE, at(f.v, batch, kv_head, x->piece.key), f.v.row, shape.value_dim, out);
+  }
+
+  float* lse = f.lse + (batch * shape.q_heads + head) * shape.q_len + row;
+  for (int i = 0; i < rows; ++i) lse[i] = run.top[i] + __builtin_logf(run.total[i]);  // -inf where nothing was seen
+  for (int i = 0; i < TILE; ++i) run.total[i] = run.total[i] == 0 ? 0 : 1 / run.total[i];
+  float* to = at(f.out, batch, head, row);
+  unpack_transposed(out, rows, shape.value_dim, run.total,
+                    [&](int r, int64_t d, int n, Vec x) { store_part(to + r * f.out.row + d, x, n); });
+}
+
+int64_t attention_forward_items(const Shape& shape) { return shape.batch * shape.q_heads * attention::tiles(shape.q_len); }
+
+int64_t attention_forward_workspace(const Shape& shape) { return (shape.dim + shape.value_dim + FORWARD_KEYS) * TILE; }
+
+// The last tiles come first: in a causal layout they are the longest, and short ones even out the threads at the end.
+void attention_forward(const Forward& f, float* workspace, int64_t begin, int64_t end) {
+  const int64_t heads = f.shape.batch * f.shape.q_heads, last = attention::tiles(f.shape.q_len) - 1;
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t row = (last - item / heads) * TILE, batch = item % heads / f.shape.q_heads;
+    forward_tile(f, batch, item % f.shape.q_heads, row, least(TILE, f.shape.q_len - row), workspace);
+  }
+}
+
+}  // namespace mirasol::MIRASOL_ISA

@@ -1,0 +1,68 @@
+#pragma once
+// Block-causal attention on the CPU, float32: raw pointers and sizes, no torch.
+// Each query row sees up to `ranges` disjoint ranges of keys, the same for all rows of a group (tables as
+// mirasol_kernels/layout.py builds them).  Work is cut into items that do not depend on the number of threads, and every
+// output element is summed in one fixed order: results are bitwise the same for any number of threads.
+#include <cstdint>
+#include "common/isa.h"
+
+namespace mirasol::attention {
+
+template <class T>
+struct View {  // a tensor (batch, head, row, element); strides in elements, the last one is 1
+  T* data;
+  int64_t batch, head, row;
+};
+
+struct Shape {
+  int64_t batch, q_heads, kv_heads, q_len, k_len;  // query head h uses kv head h / (q_heads / kv_heads)
+  int64_t dim, value_dim;                          // of q and k; of v and out
+  float scale;
+};
+
+struct Ranges {  // the keys that a query row sees
+  int64_t batch, groups, ranges;  // batch: 1, for all rows of the batch, or one table for each
+  const int32_t* q_offsets;       // (batch, groups + 1): group g owns rows q_offsets[g] .. q_offsets[g + 1] - 1
+  const int32_t* k_ranges;        // (batch, groups, ranges, 2): begin and end, ascending, empty ones last
+};
+
+struct Transposed {  // the query rows that see a key
+  int64_t segments, entries;
+  const int32_t* k_offsets;  // (batch, segments + 1): segment s owns keys k_offsets[s] .. k_offsets[s + 1] - 1
+  const int32_t* q_index;    // (batch, segments + 1): its ranges are q_ranges[q_index[s] .. q_index[s + 1] - 1]
+  const int32_t* q_ranges;   // (batch, entries, 2)
+};
+
+struct Forward {
+  Shape shape;
+  Ranges seen;
+  View<const float> q, k, v;
+  View<float> out;
+  float* lse;  // (batch, q_heads, q_len), contiguous; natural logarithm; -inf for a row that sees nothing
+};
+
+struct Backward {
+  Shape shape;
+  Ranges seen;
+  Transposed seen_by;
+  View<const float> dout, q, k, v, out;
+  View<const float> dlse, lse;  // (batch, q_heads, q_len): here `row` is the stride of the last axis
+  View<float> dq, dk, dv;       // dq is added to: all zeros at the start
+  int32_t* turns;               // (batch, q_heads, tiles(q_len)), all zeros at the start
+};
+
+constexpr int TILE = 64;  // query rows of a tile
+constexpr int64_t tiles(int64_t q_len) { return (q_len + TILE - 1) / TILE; }
+
+}  // namespace mirasol::attention
+
+// `_items`: how many there are; `_workspace`: how many floats each thread needs, 64-byte aligned, not initialised.
+// Items [begin, end) may be run in any cut, except that backward's must be begun in ascending order: an item may wait for
+// lower ones to have added their share of dq.  (One thread that runs all, or threads that draw from a counter, are right.)
+MIRASOL_DECLARE(
+    int64_t attention_forward_items(const attention::Shape&);
+    int64_t attention_forward_workspace(const attention::Shape&);
+    void attention_forward(const attention::Forward&, float* workspace, int64_t begin, int64_t end);
+    int64_t attention_backward_items(const attention::Shape&);
+    int64_t attention_backward_workspace(const attention::Shape&);
+    void attention_backward(const attention::Backward&, float* workspace, int64_t begin, int64_t end))

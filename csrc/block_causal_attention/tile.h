@@ -1,0 +1,78 @@
+#pragma once
+// What forward and backward share: a tile of query rows in the lanes of vectors.  Scores are kept transposed, (keys, TILE):
+// softmax is then vertical, K and V are read as they lie, one element broadcast at a time, and a row never meets another.
+#include "block_causal_attention/pieces.h"
+#include "common/gemm.h"
+
+namespace mirasol::MIRASOL_ISA {
+
+using attention::Shape;
+using attention::View;
+
+constexpr int TILE_VECTORS = TILE / WIDTH;
+
+static inline int64_t padded(int64_t n) { return (n + WIDTH - 1) / WIDTH * WIDTH; }
+static inline int least(int64_t a, int64_t b) { return int(a < b ? a : b); }
+
+template <class T>
+static inline T* at(const View<T>& view, int64_t batch, int64_t head, int64_t row) {
+  return view.data + batch * view.batch + head * view.head + row * view.row;
+}
+
+// The vectors of a tile that hold rows of a piece; `masked` when one of them also holds another live row of the tile.
+struct Span {
+  int first, count;
+  bool masked;
+  Bits mask[TILE_VECTORS];  // of vectors first .. first + count - 1
+};
+
+static Span span(const Piece& piece, int tile_rows) {
+  const int begin = piece.row, end = piece.row + piece.rows;
+  Span s;
+  s.first = begin / WIDTH, s.count = (end + WIDTH - 1) / WIDTH - s.first;
+  s.masked = begin % WIDTH != 0 || (end % WIDTH != 0 && end < tile_rows);
+  for (int v = 0; v < s.count; ++v) s.mask[v] = lanes(begin - (s.first + v) * WIDTH, end - (s.first + v) * WIDTH);
+  return s;
+}
+
+// to[d * TILE + r] = factor * from[r * stride + d], and 0 up to the next whole vector of rows.
+static void pack_transposed(const float* from, int64_t stride, int rows, int64_t dim, float factor, float* to) {
+  for (int r = 0; r < rows; r += WIDTH)
+    for (int64_t d = 0; d < dim; d += WIDTH) {
+      const int n = least(WIDTH, dim - d);
+      Vec x[WIDTH] = {};
+      for (int i = 0; i < least(WIDTH, rows - r); ++i) x[i] = load_part(from + (r + i) * stride + d, n) * factor;
+      transpose(x);
+      for (int j = 0; j < n; ++j) store(to + (d + j) * TILE + r, x[j]);
+    }
+}
+
+// Calls each(row, d, n, x): the elements [d, d + n) of a row, from a transposed tile whose columns are scaled by `factor`.
+template <class Each>
+static inline void unpack_transposed(const float* from, int rows, int64_t dim, const float* factor, Each each) {
+  for (int r = 0; r < rows; r += WIDTH)
+    for (int64_t d = 0; d < dim; d += WIDTH) {
+      const int n = least(WIDTH, dim - d);
+      Vec x[WIDTH] = {};
+      for (int j = 0; j < n; ++j) x[j] = load(from + (d + j) * TILE + r) * load(factor + r);
+      transpose(x);
+      for (int i = 0; i < least(WIDTH, rows - r); ++i) each(r + i, d, n, x[i]);
+    }
+}
+
+// scores(keys, lanes) = K Q^T for the vectors of a span: `tile` is a transposed pack of `dim` rows.
+static inline void scores(const Piece& piece, const Span& s, const float* tile, int64_t dim, const float* keys,
+                          int64_t key_stride, float* to) {
+  gemm({.vectors = s.count, .n = piece.keys, .k = int(dim), .a = tile + s.first * WIDTH, .a_k = TILE,
+        .b = keys, .b_n = key_stride, .b_k = 1, .c = to + s.first * WIDTH, .c_n = TILE});
+}
+
+// tile(dim, lanes) += X^T P, with X (keys, dim) and P (keys, lanes): the product that ends in a row of queries.
+static inline void gather(const Piece& piece, const Span& s, const float* p, const float* x, int64_t x_stride,
+                          int64_t dim, float* tile) {
+  gemm({.vectors = s.count, .n = int(dim), .k = piece.keys, .a = p + s.first * WIDTH, .a_k = TILE,
+        .b = x, .b_n = 1, .b_k = x_stride, .c = tile + s.first * WIDTH, .c_n = TILE, .add = true,
+        .mask = s.masked ? s.mask : nullptr});
+}
+
+}  // namespace mirasol::MIRASOL_ISA

@@ -1,0 +1,93 @@
+#pragma once
+// The one product under all kernels: C(n, m) += B(n, k) A(k, m), small enough to stay in cache.
+// The lanes of a vector run along m, the elements of B are broadcast; so A and C are read as they lie and nothing is
+// packed, and B may lie either way (b_n and b_k are its two strides).  Each call sums its k terms from zero, in order, and
+// adds the sum to C once: as exact as a blocked sum, and the same whatever else is computed.
+#include "common/vec.h"
+
+namespace mirasol::MIRASOL_ISA {
+
+#if defined(__AVX512F__)
+constexpr int MAX_VECTORS = 6;  // 32 registers
+constexpr int BLOCK[] = {0, 8, 8, 8, 6, 4, 4};
+#elif defined(__AVX2__)
+constexpr int MAX_VECTORS = 3;  // 16 registers
+constexpr int BLOCK[] = {0, 8, 6, 4};
+#elif defined(__aarch64__)
+constexpr int MAX_VECTORS = 4;  // 32 registers
+constexpr int BLOCK[] = {0, 8, 8, 6, 4};
+#else
+constexpr int MAX_VECTORS = 3;  // 16 registers, one of them for the product that is not fused
+constexpr int BLOCK[] = {0, 8, 4, 3};
+#endif
+
+struct Product {
+  int vectors, n, k;  // m is `vectors` whole vectors
+  const float* a;
+  int64_t a_k;  // strides
+  const float* b;
+  int64_t b_n, b_k;
+  float* c;
+  int64_t c_n;
+  bool add = false;            // C += B A, else C = B A
+  const Bits* mask = nullptr;  // one per vector, or none: a lane that is off gets nothing, not even 0 * NaN
+};
+
+// N rows of V vectors of C in registers.
+template <int V, int N, bool MASKED>
+static inline void gemm_block(Product p) {
+  Vec sum[N][V] = {};
+  for (int i = 0; i < p.k; ++i, p.a += p.a_k, p.b += p.b_k) {
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) {
+      const Vec factor = broadcast(p.b[n * p.b_n]);
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v)
+        sum[n][v] = fma(load(p.a + v * WIDTH), MASKED ? keep(p.mask[v], factor) : factor, sum[n][v]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int n = 0; n < N; ++n)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) {
+      float* c = p.c + n * p.c_n + v * WIDTH;
+      store(c, p.add ? load(c) + sum[n][v] : sum[n][v]);
+    }
+}
+
+// The rows left over after whole blocks, in one block of their number, at most N.
+template <int V, int N, bool MASKED>
+static inline void gemm_rest(const Product& p) {
+  if constexpr (N > 0) {
+    if (p.n == N) return gemm_block<V, N, MASKED>(p);
+    gemm_rest<V, N - 1, MASKED>(p);
+  }
+}
+
+template <int V, bool MASKED>
+static void gemm_rows(Product p) {
+  constexpr int N = MASKED ? 2 : BLOCK[V];  // masked products are few: small code rather than the best
+  for (; p.n >= N; p.n -= N, p.b += N * p.b_n, p.c += N * p.c_n) gemm_block<V, N, MASKED>(p);
+  gemm_rest<V, N - 1, MASKED>(p);
+}
+
+template <int V>
+static void gemm_width(const Product& p) {
+  if constexpr (V > 0) {
+    if (p.vectors != V) return gemm_width<V - 1>(p);
+    p.mask ? gemm_rows<V, true>(p) : gemm_rows<V, false>(p);
+  }
+}
+
+static void gemm(Product p) {
+  int left = p.vectors;
+  for (int blocks = (left + MAX_VECTORS - 1) / MAX_VECTORS; blocks > 0; --blocks) {
+    p.vectors = (left + blocks - 1) / blocks;  // of nearly the same width: 8 is 4 + 4, not 6 + 2
+    gemm_width<MAX_VECTORS>(p);
+    left -= p.vectors;
+    p.a += p.vectors * WIDTH, p.c += p.vectors * WIDTH;
+    if (p.mask) p.mask += p.vectors;
+  }
+}
+
+}  // namespace mirasol::MIRASOL_ISA

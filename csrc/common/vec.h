@@ -1,0 +1,121 @@
+#pragma once
+// Vec: as many floats as one register of the instruction set this file is compiled for holds, and what kernels need of
+// it.  Everything is static and lives in the namespace of the instruction set, so that no AVX-512 code can be linked
+// into the baseline build under a shared name.
+#include <cstdint>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#if (defined(__GNUC__) && __GNUC__ >= 12) || defined(__clang__)
+#define MIRASOL_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define MIRASOL_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, Bits{__VA_ARGS__})
+#endif
+
+namespace mirasol::MIRASOL_ISA {
+
+#if defined(__AVX512F__)
+constexpr int WIDTH = 16;
+#elif defined(__AVX2__)
+constexpr int WIDTH = 8;
+#else
+constexpr int WIDTH = 4;
+#endif
+typedef float Vec __attribute__((vector_size(4 * WIDTH)));
+typedef int32_t Bits __attribute__((vector_size(4 * WIDTH)));  // also a mask: -1 in a lane that is on, 0 in one that is off
+typedef float Unaligned __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
+
+static inline Vec load(const float* p) { return *reinterpret_cast<const Unaligned*>(p); }
+static inline void store(float* p, Vec x) { *reinterpret_cast<Unaligned*>(p) = x; }
+static inline Vec select(Bits mask, Vec yes, Vec no) { return mask ? yes : no; }
+static inline Vec keep(Bits mask, Vec x) { return (Vec)(mask & (Bits)x); }  // 0 in a lane that is off, also for NaN
+
+#if defined(__AVX512F__)
+static inline Vec broadcast(float x) { return (Vec)_mm512_set1_ps(x); }
+static inline Vec fma(Vec a, Vec b, Vec c) { return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+static inline Vec max(Vec a, Vec b) { return (Vec)_mm512_maskz_max_ps(-1, (__m512)a, (__m512)b); }  // b where one of them is NaN
+#elif defined(__AVX2__)
+static inline Vec broadcast(float x) { return (Vec)_mm256_set1_ps(x); }
+static inline Vec fma(Vec a, Vec b, Vec c) { return (Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+static inline Vec max(Vec a, Vec b) { return (Vec)_mm256_max_ps((__m256)a, (__m256)b); }
+#elif defined(__x86_64__)
+static inline Vec broadcast(float x) { return (Vec)_mm_set1_ps(x); }
+static inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+static inline Vec max(Vec a, Vec b) { return (Vec)_mm_max_ps((__m128)a, (__m128)b); }
+#else
+static inline Vec broadcast(float x) { return Vec{x, x, x, x}; }
+#if defined(__aarch64__)
+static inline Vec fma(Vec a, Vec b, Vec c) { return (Vec)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
+#else
+static inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+#endif
+static inline Vec max(Vec a, Vec b) { return select(a > b, a, b); }
+#endif
+
+// The first n floats at p, zeros after them; nothing past p[n] is read (or, by store_part, written).
+static inline Vec load_part(const float* p, int n) {
+  if (n >= WIDTH) return load(p);
+  Vec x{};
+  for (int i = 0; i < n; ++i) x[i] = p[i];
+  return x;
+}
+static inline void store_part(float* p, Vec x, int n) {
+  if (n >= WIDTH) return store(p, x);
+  for (int i = 0; i < n; ++i) p[i] = x[i];
+}
+
+static inline float sum(Vec x) {
+  float total = 0;
+  for (int i = 0; i < WIDTH; ++i) total += x[i];
+  return total;
+}
+
+// Lanes first <= i < last.
+static inline Bits lanes(int first, int last) {
+  Bits i;
+  for (int j = 0; j < WIDTH; ++j) i[j] = j;
+  return (i >= first) & (i < last);
+}
+
+// e^x within 1.1 ulp for x <= 88.3; 0 below -87.3 (the result would be subnormal), infinity above, NaN for NaN.
+// x = n ln 2 + r with |r| <= ln(2) / 2; e^r by a polynomial fitted for the least relative error, 4e-9 before rounding.
+static inline Vec exp(Vec x) {
+  const Vec magic = broadcast(12582912.0f);  // 1.5 * 2^23: a sum with it keeps n, rounded, in its lowest bits
+  const Vec y = -max(broadcast(-89.0f), -x);  // NaN stays
+  const Vec shifted = fma(y, broadcast(1.44269504f), magic), n = shifted - magic;
+  Vec r = fma(n, broadcast(-0.693359375f), y);  // nine bits of ln 2: exact also without a fused multiply-add
+  r = fma(n, broadcast(2.12194440e-4f), r);
+  Vec p = fma(r, broadcast(0.00138145394f), broadcast(0.00836874545f));
+  p = fma(p, r, broadcast(0.0416683890f));
+  p = fma(p, r, broadcast(0.166665211f));
+  p = fma(p, r, broadcast(0.499999940f));
+  p = fma(p, r * r, r) + 1.0f;
+  const Bits power = ((Bits)shifted << 23) + 0x3f800000;
+  return select(x < -87.336544f, Vec{}, p * (Vec)power);
+}
+
+// x[i][j] and x[j][i] change places.  Interleaving the first half of the rows with the second log2(WIDTH) times does it.
+static inline void transpose(Vec (&x)[WIDTH]) {
+  for (int step = 1; step < WIDTH; step *= 2) {
+    Vec y[WIDTH];
+    for (int i = 0; i < WIDTH / 2; ++i) {
+      const Vec a = x[i], b = x[i + WIDTH / 2];
+#if defined(__AVX512F__)
+      y[2 * i] = MIRASOL_SHUFFLE(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+      y[2 * i + 1] = MIRASOL_SHUFFLE(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+#elif defined(__AVX2__)
+      y[2 * i] = MIRASOL_SHUFFLE(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+      y[2 * i + 1] = MIRASOL_SHUFFLE(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+#else
+      y[2 * i] = MIRASOL_SHUFFLE(a, b, 0, 4, 1, 5);
+      y[2 * i + 1] = MIRASOL_SHUFFLE(a, b, 2, 6, 3, 7);
+#endif
+    }
+    for (int i = 0; i < WIDTH; ++i) x[i] = y[i];
+  }
+}
+
+}  // namespace mirasol::MIRASOL_ISA
