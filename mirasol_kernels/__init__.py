@@ -6,6 +6,7 @@ D head width (Dv of values), T snippets, n tokens of a source, c model width, h 
 
 from mirasol_kernels._dispatch import explain, use_backend
 from mirasol_kernels.block_causal_attention import SnippetCache, block_causal_attention
+from mirasol_kernels.latent_recurrence import TokenTuringParameters, latent_recurrence, token_turing_recurrence
 from mirasol_kernels.layout import SnippetLayout
 from mirasol_kernels.token_learner import TokenLearnerState, token_learner, token_learner_state
 
@@ -13,9 +14,12 @@ __all__ = [
     "SnippetCache",
     "SnippetLayout",
     "TokenLearnerState",
+    "TokenTuringParameters",
     "block_causal_attention",
     "explain",
+    "latent_recurrence",
     "token_learner",
     "token_learner_state",
+    "token_turing_recurrence",
     "use_backend",
 ]
