@@ -40,10 +40,6 @@ static Buffers buffers(const Shape& shape, float* at, int64_t* size) {
   return b;
 }
 
-static inline void zero(float* x, int64_t n) {
-  for (int64_t i = 0; i < n; i += WIDTH) store(x + i, Vec{});
-}
-
 // to (rows, padded dim) = factor * from, with zeros in the padding.
 static void pack_rows(const float* from, int64_t stride, int rows, int64_t dim, float factor, float* to) {
   for (int r = 0; r < rows; ++r)
@@ -51,15 +47,19 @@ static void pack_rows(const float* from, int64_t stride, int rows, int64_t dim, 
       store(to + r * padded(dim) + d, load_part(from + r * stride + d, least(WIDTH, dim - d)) * factor);
 }
 
+struct Rows {  // of a tile
+  alignas(64) float lse[TILE], lse_low[TILE], delta[TILE];
+};
+
 // P = exp(S - lse) and dS = P (dP - delta) in place of S and dP.
-static void softmax_backward(const Piece& piece, const Span& s, float* p, float* ds, const float* lse, const float* delta) {
+static void softmax_backward(const Piece& piece, const Span& s, const Rows& rows, float* p, float* ds) {
   for (int v = 0; v < s.count; ++v) {
     const int64_t lane = (s.first + v) * WIDTH;
-    const Vec row_lse = load(lse + lane), row_delta = load(delta + lane);
+    const Vec lse = load(rows.lse + lane), lse_low = load(rows.lse_low + lane), delta = load(rows.delta + lane);
     for (int64_t i = lane; i < piece.keys * TILE; i += TILE) {
-      Vec x = exp(load(p + i) - row_lse);
+      Vec x = exp(load(p + i) - lse - lse_low);
       if (s.masked) x = keep(s.mask[v], x);
-      Vec dx = x * (load(ds + i) - row_delta);
+      Vec dx = x * (load(ds + i) - delta);
       if (s.masked) dx = keep(s.mask[v], dx);
       store(p + i, x), store(ds + i, dx);
     }
@@ -73,67 +73,63 @@ static inline void scatter(const Piece& piece, const float* p, const float* x, i
 }
 
 // The last chunk before this one of which the tile sees a key, or -1.
-static int64_t chunk_before(const Backward& g, const Chunk& chunk, int64_t row, int rows) {
-  const Pieces tile = pieces(g.seen, chunk.batch, row, rows, 0, chunk.key);
+static int64_t chunk_before(const Backward& g, const Chunk& chunk, const Tile& t) {
+  const Pieces sweep = pieces(g.seen, t.batch, t.row, t.rows, 0, chunk.key);
   int64_t last = -1;  // key
-  for (int i = 0; i < tile.groups; ++i)
-    for (const int32_t* range = tile.range[i]; range < tile.range_end[i]; range += 2) {
+  for (int i = 0; i < sweep.groups; ++i)
+    for (const int32_t* range = sweep.range[i]; range < sweep.range_end[i]; range += 2) {
       const int64_t end = range[1] < chunk.key ? range[1] : chunk.key;
       if (range[0] < end && end - 1 > last) last = end - 1;
     }
   return last < 0 ? -1 : last / CHUNK;
 }
 
-static void add_dq(const Backward& g, const Chunk& chunk, int64_t head, int64_t row, int rows, const float* dq_t) {
+static void add_dq(const Backward& g, const Chunk& chunk, const Tile& t, const float* dq_t) {
   const Shape& shape = g.shape;
-  int32_t* turn = g.turns + (chunk.batch * shape.q_heads + head) * attention::tiles(shape.q_len) + row / TILE;
-  const int64_t before = chunk_before(g, chunk, row, rows);
+  int32_t* turn = g.turns + (t.batch * shape.q_heads + t.head) * attention::tiles(shape.q_len) + t.row / TILE;
+  const int64_t before = chunk_before(g, chunk, t);
   while (__atomic_load_n(turn, __ATOMIC_ACQUIRE) != before + 1) sched_yield();
   alignas(64) float scale[TILE];
   for (int i = 0; i < TILE; ++i) scale[i] = shape.scale;
-  float* dq = at(g.dq, chunk.batch, head, row);
-  unpack_transposed(dq_t, rows, shape.dim, scale, [&](int r, int64_t d, int n, Vec x) {
+  float* dq = at(g.dq, t.batch, t.head, t.row);
+  unpack_transposed(dq_t, t.rows, shape.dim, scale, [&](int r, int64_t d, int n, Vec x) {
     float* to = dq + r * g.dq.row + d;
     store_part(to, load_part(to, n) + x, n);
   });
   __atomic_store_n(turn, int32_t(chunk.index + 1), __ATOMIC_RELEASE);
 }
 
-static void backward_tile(const Backward& g, const Chunk& chunk, int64_t head, int64_t row, int rows, const Buffers& b) {
+static void backward_tile(const Backward& g, const Chunk& chunk, const Tile& t, const Buffers& b) {
   const Shape& shape = g.shape;
-  Pieces sweep = pieces(g.seen, chunk.batch, row, rows, chunk.key, chunk.end);
+  Pieces sweep = pieces(g.seen, t.batch, t.row, t.rows, chunk.key, chunk.end);
   Piece piece;
   if (!next(sweep, BACKWARD_KEYS, piece)) return;
 
-  const float *q = at(g.q, chunk.batch, head, row), *dout = at(g.dout, chunk.batch, head, row);
-  pack_transposed(q, g.q.row, rows, shape.dim, shape.scale, b.q_t);
-  pack_transposed(dout, g.dout.row, rows, shape.value_dim, 1, b.dout_t);
-  pack_rows(q, g.q.row, rows, shape.dim, shape.scale, b.q);
-  pack_rows(dout, g.dout.row, rows, shape.value_dim, 1, b.dout);
-  alignas(64) float lse[TILE] = {}, delta[TILE] = {};
-  for (int r = 0; r < rows; ++r) {
-    const float* out = at(g.out, chunk.batch, head, row + r);
-    Vec product{};
-    for (int64_t d = 0; d < shape.value_dim; d += WIDTH)
-      product = fma(load(b.dout + r * padded(shape.value_dim) + d), load_part(out + d, least(WIDTH, shape.value_dim - d)),
-                    product);
-    lse[r] = *at(g.lse, chunk.batch, head, row + r);
-    delta[r] = sum(product) - *at(g.dlse, chunk.batch, head, row + r);
-  }
+  const float *q = at(g.q, t.batch, t.head, t.row), *dout = at(g.dout, t.batch, t.head, t.row);
+  pack_transposed(q, g.q.row, t.rows, shape.dim, shape.scale, b.q_t);
+  pack_transposed(dout, g.dout.row, t.rows, shape.value_dim, 1, b.dout_t);
+  pack_rows(q, g.q.row, t.rows, shape.dim, shape.scale, b.q);
+  pack_rows(dout, g.dout.row, t.rows, shape.value_dim, 1, b.dout);
   zero(b.dq_t, shape.dim * TILE);
+  Rows rows = {};
+  const int64_t first = (t.batch * shape.q_heads + t.head) * shape.q_len + t.row;
+  for (int r = 0; r < t.rows; ++r) {
+    rows.lse[r] = *at(g.lse, t.batch, t.head, t.row + r);
+    rows.lse_low[r] = g.lse_low[first + r], rows.delta[r] = g.delta[first + r];
+  }
 
   do {
-    const Span s = span(piece, rows);
-    const float *k = at(g.k, chunk.batch, chunk.kv_head, piece.key), *v = at(g.v, chunk.batch, chunk.kv_head, piece.key);
+    const Span s = span(piece, t.rows);
+    const float *k = at(g.k, t.batch, t.kv_head, piece.key), *v = at(g.v, t.batch, t.kv_head, piece.key);
     const int64_t key = piece.key - chunk.key;
     scores(piece, s, b.q_t, shape.dim, k, g.k.row, b.p);
     scores(piece, s, b.dout_t, shape.value_dim, v, g.v.row, b.ds);
-    softmax_backward(piece, s, b.p, b.ds, lse, delta);
+    softmax_backward(piece, s, rows, b.p, b.ds);
     gather(piece, s, b.ds, k, g.k.row, shape.dim, b.dq_t);
     scatter(piece, b.p, b.dout, shape.value_dim, b.dv + key * padded(shape.value_dim));
     scatter(piece, b.ds, b.q, shape.dim, b.dk + key * padded(shape.dim));
   } while (next(sweep, BACKWARD_KEYS, piece));
-  add_dq(g, chunk, head, row, rows, b.dq_t);
+  add_dq(g, chunk, t, b.dq_t);
 }
 
 // The query rows between the first and the last that see a key of the chunk.
@@ -164,13 +160,59 @@ static void backward_chunk(const Backward& g, const Chunk& chunk, const Buffers&
   int64_t first, end;
   rows_of(g, chunk, &first, &end);
   for (int64_t head = chunk.kv_head * group; head < (chunk.kv_head + 1) * group; ++head)
-    for (int64_t tile = attention::tiles(end) - 1; tile >= first / TILE; --tile)  // downwards: the next chunk follows closely
-      backward_tile(g, chunk, head, tile * TILE, least(TILE, shape.q_len - tile * TILE), b);
+    for (int64_t row = (attention::tiles(end) - 1) * TILE; row > first - TILE; row -= TILE)  // the next chunk follows closely
+      backward_tile(g, chunk, {chunk.batch, head, chunk.kv_head, row, least(TILE, shape.q_len - row)}, b);
   for (int64_t i = 0; i < keys; ++i) {
     float *dk = at(g.dk, chunk.batch, chunk.kv_head, chunk.key + i), *dv = at(g.dv, chunk.batch, chunk.kv_head, chunk.key + i);
     for (int64_t d = 0; d < shape.dim; d += WIDTH) store_part(dk + d, load(b.dk + i * dim + d), least(WIDTH, shape.dim - d));
     for (int64_t d = 0; d < shape.value_dim; d += WIDTH)
       store_part(dv + d, load(b.dv + i * value_dim + d), least(WIDTH, shape.value_dim - d));
+  }
+}
+
+// sum of exp(S - lse) over the keys that a row sees, for the rows of a tile.
+static void mass(const Backward& g, const Tile& t, const float* lse, float* q_t, float* s, float* total) {
+  pack_transposed(at(g.q, t.batch, t.head, t.row), g.q.row, t.rows, g.shape.dim, g.shape.scale, q_t);
+  Pieces sweep = pieces(g.seen, t.batch, t.row, t.rows, 0, g.shape.k_len);
+  zero(total, TILE);
+  for (Piece piece; next(sweep, BACKWARD_KEYS, piece);) {
+    const Span span_ = span(piece, t.rows);
+    scores(piece, span_, q_t, g.shape.dim, at(g.k, t.batch, t.kv_head, piece.key), g.k.row, s);
+    for (int v = 0; v < span_.count; ++v) {
+      const int lane = (span_.first + v) * WIDTH;
+      Vec part{};
+      for (int key = 0; key < piece.keys; ++key) part += keep(span_.mask[v], exp(load(s + key * TILE + lane) - load(lse + lane)));
+      store(total + lane, load(total + lane) + part);
+    }
+  }
+}
+
+// delta = sum(dout * out) - dlse, and what the rounding of lse has left out.
+// Half an ulp of a large lse is much more than one of P = exp(S - lse): 5e-4 at 1e4.  The sum of P, which should be 1, tells
+// it.  Up to 16 it is within 4 ulps of P and not worth the product.  (An lse that stems from more keys than these is not the
+// rounded sum of them, and is taken as it is.)
+static void backward_rows(const Backward& g, const Tile& t, float* workspace) {
+  const Shape& shape = g.shape;
+  const int64_t first = (t.batch * shape.q_heads + t.head) * shape.q_len + t.row;
+  alignas(64) float lse[TILE] = {}, total[TILE];
+  bool large = false;
+  for (int r = 0; r < t.rows; ++r) {
+    const float *dout = at(g.dout, t.batch, t.head, t.row + r), *out = at(g.out, t.batch, t.head, t.row + r);
+    Vec product{};
+    for (int64_t d = 0; d < shape.value_dim; d += WIDTH) {
+      const int n = least(WIDTH, shape.value_dim - d);
+      product = fma(load_part(dout + d, n), load_part(out + d, n), product);
+    }
+    lse[r] = *at(g.lse, t.batch, t.head, t.row + r);
+    g.delta[first + r] = sum(product) - *at(g.dlse, t.batch, t.head, t.row + r);
+    g.lse_low[first + r] = 0;
+    large |= __builtin_fabsf(lse[r]) > 16 && lse[r] > -__builtin_inff();
+  }
+  if (!large) return;
+  mass(g, t, lse, workspace, workspace + shape.dim * TILE, total);
+  for (int r = 0; r < t.rows; ++r) {
+    const float low = __builtin_logf(total[r]);
+    if (__builtin_fabsf(low) <= __FLT_EPSILON__ * __builtin_fabsf(lse[r])) g.lse_low[first + r] = low;
   }
 }
 
@@ -182,6 +224,10 @@ int64_t attention_backward_workspace(const Shape& shape) {
   int64_t size;
   buffers(shape, nullptr, &size);
   return size;
+}
+
+void attention_backward_rows(const Backward& g, float* workspace, int64_t begin, int64_t end) {
+  for (int64_t item = begin; item < end; ++item) backward_rows(g, tile_of(g.shape, item), workspace);
 }
 
 void attention_backward(const Backward& g, float* workspace, int64_t begin, int64_t end) {

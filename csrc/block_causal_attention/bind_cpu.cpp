@@ -50,7 +50,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
                    : empty(q, {s.batch, s.q_heads, s.q_len, s.value_dim});
   Tensor lse = empty(q, {s.batch, s.q_heads, s.q_len});
   f.out = output(out), f.lse = output(lse).data;
-  run(MIRASOL_CALL(attention_forward_items, s), MIRASOL_CALL(attention_forward_workspace, s), multiply_adds(s),
+  run(MIRASOL_CALL(attention_tiles, s), MIRASOL_CALL(attention_workspace, s), multiply_adds(s),
       [&](float* space, int64_t begin, int64_t end) { MIRASOL_CALL(attention_forward, f, space, begin, end); });
   return {out, lse};
 }
@@ -78,7 +78,10 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dout, const Tensor& dl
   torch::stable::zero_(dq);
   g.dq = output(dq), g.dk = output(dk), g.dv = output(dv);
   const auto turns = std::make_unique<int32_t[]>(s.batch * s.q_heads * tiles(s.q_len));
-  g.turns = turns.get();
+  const auto of_rows = std::make_unique<float[]>(2 * s.batch * s.q_heads * s.q_len);
+  g.turns = turns.get(), g.delta = of_rows.get(), g.lse_low = of_rows.get() + s.batch * s.q_heads * s.q_len;
+  run(MIRASOL_CALL(attention_tiles, s), MIRASOL_CALL(attention_workspace, s), multiply_adds(s),
+      [&](float* space, int64_t begin, int64_t end) { MIRASOL_CALL(attention_backward_rows, g, space, begin, end); });
   run(MIRASOL_CALL(attention_backward_items, s), MIRASOL_CALL(attention_backward_workspace, s), multiply_adds(s),
       [&](float* space, int64_t begin, int64_t end) { MIRASOL_CALL(attention_backward, g, space, begin, end); });
   return {dq, dk, dv};

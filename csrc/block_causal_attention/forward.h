@@ -51,53 +51,46 @@ static void softmax_step(float* scores, const Placed* placed, int count, int v, 
   for (float* o = out + v * WIDTH; o < out + dim * TILE; o += TILE) store(o, load(o) * shrink);
 }
 
-static void forward_tile(const Forward& f, int64_t batch, int64_t head, int64_t row, int rows, float* workspace) {
+static void forward_tile(const Forward& f, const Tile& t, float* workspace) {
   const Shape& shape = f.shape;
-  const int64_t kv_head = head / (shape.q_heads / shape.kv_heads);
-  const int vectors = (rows + WIDTH - 1) / WIDTH;
-  float* q = workspace;                          // (dim, TILE), scaled
-  float* out = q + shape.dim * TILE;             // (value_dim, TILE)
-  float* s = out + shape.value_dim * TILE;       // (FORWARD_KEYS, TILE)
-  pack_transposed(at(f.q, batch, head, row), f.q.row, rows, shape.dim, shape.scale, q);
-  for (int64_t i = 0; i < shape.value_dim * TILE; i += WIDTH) store(out + i, Vec{});
+  float* q = workspace;                     // (dim, TILE), scaled
+  float* out = q + shape.dim * TILE;        // (value_dim, TILE)
+  float* s = out + shape.value_dim * TILE;  // (FORWARD_KEYS, TILE)
+  pack_transposed(at(f.q, t.batch, t.head, t.row), f.q.row, t.rows, shape.dim, shape.scale, q);
+  zero(out, shape.value_dim * TILE);
   Running run;
   for (int i = 0; i < TILE; ++i) run.top[i] = -__builtin_inff(), run.total[i] = 0;
 
-  Pieces sweep = pieces(f.seen, batch, row, rows, 0, shape.k_len);
+  Pieces sweep = pieces(f.seen, t.batch, t.row, t.rows, 0, shape.k_len);
   Placed placed[FORWARD_KEYS];
   Piece piece;
   bool more = next(sweep, FORWARD_KEYS, piece);
   while (more) {
     int count = 0;
     for (int slot = 0; more && slot + piece.keys <= FORWARD_KEYS; more = next(sweep, FORWARD_KEYS, piece)) {
-      Placed& x = placed[count++] = {piece, span(piece, rows), slot};
-      scores(piece, x.span, q, shape.dim, at(f.k, batch, kv_head, piece.key), f.k.row, s + slot * TILE);
+      Placed& x = placed[count++] = {piece, span(piece, t.rows), slot};
+      scores(piece, x.span, q, shape.dim, at(f.k, t.batch, t.kv_head, piece.key), f.k.row, s + slot * TILE);
       slot += piece.keys;
     }
-    for (int v = 0; v < vectors; ++v) softmax_step(s, placed, count, v, run, out, shape.value_dim);
+    for (int v = 0; v * WIDTH < t.rows; ++v) softmax_step(s, placed, count, v, run, out, shape.value_dim);
     for (const Placed* x = placed; x < placed + count; ++x)
-      gather(x->piece, x->span, s + x->slot * TILE, at(f.v, batch, kv_head, x->piece.key), f.v.row, shape.value_dim, out);
+      gather(x->piece, x->span, s + x->slot * TILE, at(f.v, t.batch, t.kv_head, x->piece.key), f.v.row, shape.value_dim, out);
   }
 
-  float* lse = f.lse + (batch * shape.q_heads + head) * shape.q_len + row;
-  for (int i = 0; i < rows; ++i) lse[i] = run.top[i] + __builtin_logf(run.total[i]);  // -inf where nothing was seen
+  float* lse = f.lse + (t.batch * shape.q_heads + t.head) * shape.q_len + t.row;
+  for (int i = 0; i < t.rows; ++i) lse[i] = run.top[i] + __builtin_logf(run.total[i]);  // -inf where nothing was seen
   for (int i = 0; i < TILE; ++i) run.total[i] = run.total[i] == 0 ? 0 : 1 / run.total[i];
-  float* to = at(f.out, batch, head, row);
-  unpack_transposed(out, rows, shape.value_dim, run.total,
+  float* to = at(f.out, t.batch, t.head, t.row);
+  unpack_transposed(out, t.rows, shape.value_dim, run.total,
                     [&](int r, int64_t d, int n, Vec x) { store_part(to + r * f.out.row + d, x, n); });
 }
 
-int64_t attention_forward_items(const Shape& shape) { return shape.batch * shape.q_heads * attention::tiles(shape.q_len); }
+int64_t attention_tiles(const Shape& shape) { return shape.batch * shape.q_heads * attention::tiles(shape.q_len); }
 
-int64_t attention_forward_workspace(const Shape& shape) { return (shape.dim + shape.value_dim + FORWARD_KEYS) * TILE; }
+int64_t attention_workspace(const Shape& shape) { return (shape.dim + shape.value_dim + FORWARD_KEYS) * TILE; }
 
-// The last tiles come first: in a causal layout they are the longest, and short ones even out the threads at the end.
 void attention_forward(const Forward& f, float* workspace, int64_t begin, int64_t end) {
-  const int64_t heads = f.shape.batch * f.shape.q_heads, last = attention::tiles(f.shape.q_len) - 1;
-  for (int64_t item = begin; item < end; ++item) {
-    const int64_t row = (last - item / heads) * TILE, batch = item % heads / f.shape.q_heads;
-    forward_tile(f, batch, item % f.shape.q_heads, row, least(TILE, f.shape.q_len - row), workspace);
-  }
+  for (int64_t item = begin; item < end; ++item) forward_tile(f, tile_of(f.shape, item), workspace);
 }
 
 }  // namespace mirasol::MIRASOL_ISA

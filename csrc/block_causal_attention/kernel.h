@@ -48,6 +48,7 @@ struct Backward {
   View<const float> dout, q, k, v, out;
   View<const float> dlse, lse;  // (batch, q_heads, q_len): here `row` is the stride of the last axis
   View<float> dq, dk, dv;       // dq is added to: all zeros at the start
+  float *delta, *lse_low;       // (batch, q_heads, q_len), contiguous, of the rows: made first, then used for every key
   int32_t* turns;               // (batch, q_heads, tiles(q_len)), all zeros at the start
 };
 
@@ -56,13 +57,17 @@ constexpr int64_t tiles(int64_t q_len) { return (q_len + TILE - 1) / TILE; }
 
 }  // namespace mirasol::attention
 
-// `_items`: how many there are; `_workspace`: how many floats each thread needs, 64-byte aligned, not initialised.
-// Items [begin, end) may be run in any cut, except that backward's must be begun in ascending order: an item may wait for
-// lower ones to have added their share of dq.  (One thread that runs all, or threads that draw from a counter, are right.)
+// Workspace: how many floats each thread needs, 64-byte aligned, not initialised.  Items [begin, end) may be run in any cut,
+// except that the last function's must be begun in ascending order: one may wait for lower ones to have added their share
+// of dq.  (One thread that runs all is right, and so are threads that draw items from a counter.)
+//   forward             attention_tiles items
+//   backward, first     attention_tiles items of attention_backward_rows, all of them before
+//   backward, then      attention_backward_items items of attention_backward
 MIRASOL_DECLARE(
-    int64_t attention_forward_items(const attention::Shape&);
-    int64_t attention_forward_workspace(const attention::Shape&);
+    int64_t attention_tiles(const attention::Shape&);
+    int64_t attention_workspace(const attention::Shape&);
     void attention_forward(const attention::Forward&, float* workspace, int64_t begin, int64_t end);
     int64_t attention_backward_items(const attention::Shape&);
     int64_t attention_backward_workspace(const attention::Shape&);
+    void attention_backward_rows(const attention::Backward&, float* workspace, int64_t begin, int64_t end);
     void attention_backward(const attention::Backward&, float* workspace, int64_t begin, int64_t end))

@@ -11,12 +11,28 @@ using attention::View;
 
 constexpr int TILE_VECTORS = TILE / WIDTH;
 
+static inline void zero(float* x, int64_t n) {
+  for (int64_t i = 0; i < n; i += WIDTH) store(x + i, Vec{});
+}
+
 static inline int64_t padded(int64_t n) { return (n + WIDTH - 1) / WIDTH * WIDTH; }
 static inline int least(int64_t a, int64_t b) { return int(a < b ? a : b); }
 
 template <class T>
 static inline T* at(const View<T>& view, int64_t batch, int64_t head, int64_t row) {
   return view.data + batch * view.batch + head * view.head + row * view.row;
+}
+
+struct Tile {
+  int64_t batch, head, kv_head, row;
+  int rows;
+};
+
+// The last tiles come first: in a causal layout they are the longest, and short ones even out the threads at the end.
+static Tile tile_of(const Shape& shape, int64_t item) {
+  const int64_t heads = shape.batch * shape.q_heads, head = item % shape.q_heads;
+  const int64_t row = (attention::tiles(shape.q_len) - 1 - item / heads) * TILE;
+  return {item % heads / shape.q_heads, head, head / (shape.q_heads / shape.kv_heads), row, least(TILE, shape.q_len - row)};
 }
 
 // The vectors of a tile that hold rows of a piece; `masked` when one of them also holds another live row of the tile.
