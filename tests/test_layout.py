@@ -548,8 +548,14 @@ COMPILED = {
 }
 
 
-@pytest.mark.parametrize("state", ["cpu", "cached on another device", "not yet on another device"])
-@pytest.mark.parametrize("kind", COMPILED)
+STATES = [(kind, "cpu") for kind in COMPILED] + [
+    (kind, state)
+    for kind in ("uniform", "window and sink", "batch")
+    for state in ("cached on another device", "not yet on another device")
+]
+
+
+@pytest.mark.parametrize(("kind", "state"), STATES)
 def test_twenty_layouts_compile_at_most_twice(kind: str, state: str) -> None:
     torch._dynamo.reset()
     backend = CompileCounterWithBackend("aot_eager")
