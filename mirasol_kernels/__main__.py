@@ -6,17 +6,13 @@ import importlib.metadata
 import os
 import platform
 import sys
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # the report tells the same, at length
-    import mirasol_kernels  # noqa: F401  (registers the ops)
-    from mirasol_kernels import _check, _native
-    from mirasol_kernels._dispatch import Op, explain
+from mirasol_kernels import _check, _native
+from mirasol_kernels._dispatch import Op, explain
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
