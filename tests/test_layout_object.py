@@ -1,4 +1,4 @@
-"""SnippetLayout as an object: immutable, cached, small, drawn, strict about what it is given, and cheap to compile with."""
+"""SnippetLayout as an object: immutable, cached, small, drawn, strict about what it gets, cheap to compile with."""
 
 from __future__ import annotations
 
