@@ -98,27 +98,32 @@ def _attended(pool: LearnedQueries, x: Tensor, count: Tensor | None, backend: st
     """Attention as a state: out and lse are the state whose reference point is lse, where the sum is 1."""
     p = pool.attention
     q = split_heads(linear(pool.queries, p.q), p.heads).expand(x.shape[0], -1, -1, -1)  # (B, H, k, D)
+    mask = None
     if count is not None:
         mask = torch.arange(x.shape[1], device=x.device) < count[:, None]  # (B, n)
         x = x.masked_fill(~mask[..., None], 0)
     k, v = (split_heads(linear(x, w), p.heads) for w in (p.k, p.v))  # (B, H, n, D)
-    if count is None:
+    if mask is not None or torch.compiler.is_compiling():
+        out, lse = _dense_attention(q, k, v, mask)
+    else:
         layout = _everything(q.shape[2], k.shape[2])
         out, lse = block_causal_attention(q, k, v, layout, return_lse=True, backend=backend)
-    else:
-        out, lse = _masked_attention(q, k, v, mask[:, None, None])
     maximum = lse.detach()
     total = (lse - maximum.masked_fill(maximum == -torch.inf, 0)).exp()  # 1, or 0 where nothing was seen; carries lse
     return TokenLearnerState(maximum, total, total[..., None] * out.to(total.dtype))
 
 
-def _masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Counts per batch row live on the device, layouts on the host: with counts the few scores are masked instead."""
-    scores = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~mask, -torch.inf)  # (B, H, k, n)
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    lse = scores.logsumexp(-1)
-    weights = (scores - lse.masked_fill(lse == -torch.inf, 0)[..., None]).exp()
-    return weights.to(v.dtype) @ v, lse
+def _dense_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The same where a layout, made on the host outside compiled code, cannot say it: counts are on the device."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    with torch.autocast(q.device.type, enabled=False):
+        q, k, v = (x.to(dtype) for x in (q, k, v))
+        scores = q @ k.mT * q.shape[-1] ** -0.5  # (B, H, k, n)
+        if mask is not None:
+            scores = scores.masked_fill(~mask[:, None, None], -torch.inf)
+        lse = scores.logsumexp(-1)
+        weights = (scores - lse.masked_fill(lse == -torch.inf, 0)[..., None]).exp()
+        return weights @ v, lse
 
 
 @functools.lru_cache(maxsize=256)

@@ -2,4 +2,4 @@
 
 from mirasol_kernels._dispatch import Op
 
-OP = Op("latent_recurrence")
+OP = Op("latent_recurrence", cases=f"{__package__}.cases")

@@ -2,4 +2,4 @@
 
 from mirasol_kernels._dispatch import Op
 
-OP = Op("token_learner")
+OP = Op("token_learner", cases=f"{__package__}.cases")

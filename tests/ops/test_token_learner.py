@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mirasol_kernels._dispatch import use_backend
-from mirasol_kernels.token_learner import TokenLearnerState, token_learner, token_learner_state
+from mirasol_kernels.token_learner import TokenLearnerState, cases, token_learner, token_learner_state
 from mirasol_kernels.token_learner.api import _checked
 from mirasol_kernels.token_learner.backward import token_learner_backward, token_learner_state_backward
 from mirasol_kernels.token_learner.reference import pool
@@ -221,6 +221,11 @@ def test_sixteen_bit_tokens_have_float32_states(dtype: torch.dtype) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         assert token_learner(x.float(), *random_weights(4, 3, 2, torch.float32)).dtype == torch.float32
         assert token_learner([x, x.float()], *random_weights(4, 3, 2, torch.float32)).dtype == dtype
+
+
+def test_named_cases_run() -> None:
+    for case in cases.cases(dtype=torch.float64):
+        assert case.call(**case.tensors).isfinite().all(), case.name
 
 
 def test_vmap() -> None:

@@ -1,0 +1,91 @@
+"""Named sample inputs that tests, benchmarks and `python -m mirasol_kernels --check` share."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mirasol_kernels._check import Case
+from mirasol_kernels.token_learner.api import token_learner
+
+WEIGHTS = ("norm_weight", "norm_bias", "w1", "b1", "w2", "b2")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Sizes of one call, n: tokens of each source; with positions where placed, counts valid (B, S), spread logits."""
+
+    n: tuple[int, ...]
+    batch: int = 2
+    c: int = 32
+    h: int = 64
+    k: int = 8
+    placed: bool = False
+    valid: tuple[tuple[int, ...], ...] | None = None
+    gelu: str = "tanh"
+    spread: float = 1.0
+    sliced: bool = False
+
+
+PROBLEMS: dict[str, Problem] = {
+    "small": Problem((20,)),
+    "odd": Problem((37,), batch=3, c=33, h=17, k=5),
+    "erf": Problem((20,), gelu="erf"),
+    "sources": Problem((19, 8, 1), placed=True),
+    "empty_source": Problem((0, 21, 0), placed=True),
+    "no_tokens": Problem((0,)),
+    "valid": Problem((16, 9), placed=True, valid=((16, 0), (5, 9))),
+    "row_without_tokens": Problem((16, 9), valid=((0, 0), (7, 3))),
+    "one_token": Problem((1,), batch=1, c=16, h=1, k=1),
+    "read": Problem((96, 98), c=96, k=16, placed=True),
+    "write": Problem((96, 98, 16), c=96, k=96, placed=True),
+    "tile_less_one": Problem((63,), c=64, k=32),
+    "tile": Problem((64,), c=64, k=32),
+    "tile_and_one": Problem((65,), c=64, k=32),
+    "wide": Problem((50,), batch=1, c=768, k=32),
+    "many_tokens": Problem((700, 300), batch=1, c=64),
+    "large_logits": Problem((40,), spread=1e4),
+    "sliced": Problem((20, 12), sliced=True),
+    "no_batch": Problem((5,), batch=0),
+}
+
+
+def cases(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Iterator[Case]:
+    """Every named case on `device`: the same numbers everywhere, drawn in float64 and rounded to dtype."""
+    for name in PROBLEMS:
+        yield case(name, device, dtype)
+
+
+def case(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Case:
+    problem = PROBLEMS[name]
+    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+
+    def make(*sizes: int, std: float = 1.0) -> Tensor:
+        return (std * torch.randn(*sizes, generator=generator, dtype=torch.float64)).to(device, dtype)
+
+    b, c, h, k = problem.batch, problem.c, problem.h, problem.k
+    tensors = {
+        "norm_weight": 1 + make(c, std=0.2),
+        "norm_bias": make(c, std=0.2),
+        "w1": make(h, c, std=1.5 * c**-0.5),
+        "b1": make(h, std=0.2),
+        "w2": make(k, h, std=1.5 * problem.spread * h**-0.5),
+        "b2": make(k, std=0.2),
+    }
+    for i, n in enumerate(problem.n):
+        tensors[f"source{i}"] = make(b, n + 3, c + 4)[:, 2 : n + 2, 4:] if problem.sliced else make(b, n, c)
+        if problem.placed:
+            tensors[f"position{i}"] = make(n, c, std=0.5)
+    valid = None if problem.valid is None else torch.tensor(problem.valid, device=device)
+
+    def call(*, backend: str | None = None, **tensors: Tensor) -> Tensor:
+        sources = [tensors[f"source{i}"] for i in range(len(problem.n))]
+        positions = [tensors[f"position{i}"] for i in range(len(problem.n))] if problem.placed else None
+        weights = (tensors[name] for name in WEIGHTS)
+        return token_learner(sources, *weights, positions=positions, valid=valid, gelu=problem.gelu, backend=backend)
+
+    return Case(name, call, tensors)
