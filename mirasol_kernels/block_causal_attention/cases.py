@@ -55,6 +55,11 @@ class Problem:
     scale: float | None = None
     logits: float | None = None
 
+    @property
+    def factor(self) -> float:
+        """The scale that is meant."""
+        return self.dim**-0.5 if self.scale is None else self.scale
+
 
 uniform, ragged, cross, forcing = (
     functools.partial(functools.partial, constructor)
@@ -131,12 +136,12 @@ PROBLEMS: dict[str, Problem] = {
 
 def cases(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Iterator[Case]:
     """Every named case on `device`: the same numbers everywhere, drawn in float64 and rounded to dtype."""
-    for name in PROBLEMS:
-        yield case(name, device, dtype)
+    for name, problem in PROBLEMS.items():
+        yield build(name, problem, device, dtype)
 
 
-def case(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Case:
-    problem = PROBLEMS[name]
+def build(name: str, problem: Problem, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Case:
+    """`problem` with numbers that `name` seeds."""
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
 
     def make(*sizes: int) -> Tensor:
@@ -147,7 +152,7 @@ def case(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = tor
     k = problem.view(make, b, h, layout.k_len, d)
     v = problem.view(make, b, h, layout.k_len, problem.value_dim or d)
     if problem.logits:
-        q = q * (problem.logits / (q @ k.mT).abs().max().item() / d**-0.5)
+        q = q * (problem.logits / problem.factor / (q @ k.mT).abs().max())
 
     def call(q: Tensor, k: Tensor, v: Tensor, *, backend: str | None = None) -> tuple[Tensor, ...]:
         return block_causal_attention(q, k, v, layout, scale=problem.scale, return_lse=True, backend=backend)
