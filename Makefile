@@ -11,7 +11,7 @@ cxx := $(shell command -v "$${CXX:-c++}")
 # Installed again when something that it was built from has changed, or the tools that build it.
 key := $(shell printf '%s ' "$(cxx)" "$$(command -v "$${CUDACXX:-nvcc}")" "$$MIRASOL_BUILD" | cksum | cut -d ' ' -f 1)
 installed := .venv/installed-$(key)
-cmake := .venv/bin/cmake -GNinja -S . -DPython_EXECUTABLE=$(CURDIR)/$(python) -DCMAKE_MAKE_PROGRAM=$(CURDIR)/.venv/bin/ninja
+cmake := .venv/bin/cmake -GNinja -S . -DCMAKE_MAKE_PROGRAM=$(CURDIR)/.venv/bin/ninja
 
 .PHONY: demo test lint csrc pytest clean
 
@@ -29,7 +29,7 @@ csrc: $(installed)
 ifeq ($(cxx),)
 	@echo "no C++ compiler: the kernels' own tests are left out"
 else
-	$(cmake) -B build/test -DMIRASOL_INSPECT=ON
+	$(cmake) -B build/test -DMIRASOL_INSPECT=ON -DPython_EXECUTABLE=$(CURDIR)/$(python)
 	.venv/bin/cmake --build build/test
 	.venv/bin/ctest --test-dir build/test --output-on-failure
 	$(cmake) -B build/sanitize -DMIRASOL_SANITIZE=ON

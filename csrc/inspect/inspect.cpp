@@ -77,7 +77,7 @@ std::tuple<Floats, Floats> forward(const Floats& q, const Floats& k, const Float
   const Shape s = shape_of(q, k, v, scale);
   Floats result = like(s.batch, s.q_heads, s.q_len, s.value_dim), lse({s.batch, s.q_heads, s.q_len});
   const Forward call{s, ranges_of(q_offsets, k_ranges), in(q), in(k), in(v), out(result), lse.mutable_data()};
-  share(MIRASOL_CALL(attention_forward_items, s), MIRASOL_CALL(attention_forward_workspace, s), threads,
+  share(MIRASOL_CALL(attention_tiles, s), MIRASOL_CALL(attention_workspace, s), threads,
         [&](float* scratch, int64_t i) { MIRASOL_CALL(attention_forward, call, scratch, i, i + 1); });
   return {result, lse};
 }
@@ -87,8 +87,8 @@ std::map<std::string, int64_t> plan(int64_t batch, int64_t q_heads, int64_t kv_h
                                     int64_t dim, int64_t value_dim) {
   const Shape s{batch, q_heads, kv_heads, q_len, k_len, dim, value_dim, 1};
   return {{"tile", TILE},
-          {"forward_items", MIRASOL_CALL(attention_forward_items, s)},
-          {"forward_workspace", MIRASOL_CALL(attention_forward_workspace, s)},
+          {"tiles", MIRASOL_CALL(attention_tiles, s)},
+          {"workspace", MIRASOL_CALL(attention_workspace, s)},
           {"backward_items", MIRASOL_CALL(attention_backward_items, s)},
           {"backward_workspace", MIRASOL_CALL(attention_backward_workspace, s)}};
 }
