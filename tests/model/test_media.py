@@ -31,14 +31,24 @@ def indices(clip: Clip) -> list[int]:
     """The index each frame of a clip carries."""
     size = clip.video.shape[-1]
     centres = [size // 6, size // 2, size - 1 - size // 6]
-    bits = clip.video.mean(0)[:, centres][:, :, centres].flatten(1) > 0.5          # (frames, 9)
+    bits = clip.video.mean(0)[:, centres][:, :, centres].flatten(1) > 0.5  # (frames, 9)
     return (bits * 2 ** torch.arange(9)).sum(1).tolist()
 
 
 def write(
-    path: Path, *, codec: str = "mpeg4", frames: int = 40, fps: Fraction | int = 25, width: int = 96, height: int = 72,
-    pix_fmt: str = "yuv420p", times: list[int] | None = None, sound: dict | None = None, aspect: Fraction | None = None,
-    options: dict | None = None, container_options: dict | None = None,
+    path: Path,
+    *,
+    codec: str = "mpeg4",
+    frames: int = 40,
+    fps: Fraction | int = 25,
+    width: int = 96,
+    height: int = 72,
+    pix_fmt: str = "yuv420p",
+    times: list[int] | None = None,
+    sound: dict | None = None,
+    aspect: Fraction | None = None,
+    options: dict | None = None,
+    container_options: dict | None = None,
 ) -> Path:
     """times: of the frames, in milliseconds; else they come at `fps`. sound: see `write_sound`."""
     with av.open(str(path), "w", options=container_options or {}) as container:
@@ -51,8 +61,12 @@ def write(
                 video.sample_aspect_ratio = aspect
             video.codec_context.time_base = Fraction(1, 1000) if times else 1 / Fraction(fps)
         if sound:
-            audio = container.add_stream(sound["codec"], rate=sound["rate"], layout=sound.get("layout", "mono"),
-                                         options={"strict": "experimental"})
+            audio = container.add_stream(
+                sound["codec"],
+                rate=sound["rate"],
+                layout=sound.get("layout", "mono"),
+                options={"strict": "experimental"},
+            )
         for index in range(frames):
             frame = av.VideoFrame.from_ndarray(pattern(index, width, height), format="rgb24").reformat(format=pix_fmt)
             frame.pts = times[index] if times else index
@@ -69,8 +83,9 @@ def write_sound(container, stream, *, codec, rate, layout="mono", seconds=1.6, o
     """A tone from `onset` on (seconds of the file's time); the stream itself spans [starts, starts + seconds)."""
     time = starts + np.arange(round(seconds * rate)) / rate
     wave = 0.5 * np.sin(2 * np.pi * 1000 * (time - onset)) * (time >= onset)
-    resampler = av.AudioResampler(format=stream.codec_context.format, layout=layout, rate=rate,
-                                  frame_size=stream.codec_context.frame_size or 1024)
+    resampler = av.AudioResampler(
+        format=stream.codec_context.format, layout=layout, rate=rate, frame_size=stream.codec_context.frame_size or 1024
+    )
     channels = av.AudioLayout(layout).nb_channels
     planes = np.zeros((channels, len(wave)), np.float32)
     planes[range(channels) if only is None else only] = wave
@@ -105,17 +120,34 @@ def check(clip: Clip, frames: int = 32, fps: float = 25, size: int = 48) -> None
 
 
 AAC = {"codec": "aac", "rate": 48_000, "layout": "stereo"}
-KINDS = {                       # name of the file, how it is written, within how many seconds the onset is known
+KINDS = {  # name of the file, how it is written, within how many seconds the onset is known
     "mp4-h264-aac": ("a.mp4", {"codec": "libx264", "sound": AAC}, 0.002),
     "mp4-bframes": ("a.mp4", {"codec": "libx264", "options": {"bf": "3"}, "sound": AAC}, 0.002),
     "mp4-mpeg4-aac": ("a.mp4", {"sound": AAC}, 0.002),
-    "mkv-hevc-8kHz-mono": ("a.mkv", {"codec": "libx265", "options": {"x265-params": "log-level=none"},
-                                     "sound": {"codec": "pcm_s16le", "rate": 8000}}, 0.002),
-    "mov-pcm-float": ("a.mov", {"codec": "mjpeg", "pix_fmt": "yuvj420p",
-                                "sound": {"codec": "pcm_f32le", "rate": 44_100}}, 0.002),
+    "mkv-hevc-8kHz-mono": (
+        "a.mkv",
+        {
+            "codec": "libx265",
+            "options": {"x265-params": "log-level=none"},
+            "sound": {"codec": "pcm_s16le", "rate": 8000},
+        },
+        0.002,
+    ),
+    "mov-pcm-float": (
+        "a.mov",
+        {"codec": "mjpeg", "pix_fmt": "yuvj420p", "sound": {"codec": "pcm_f32le", "rate": 44_100}},
+        0.002,
+    ),
     "webm-vp8-vorbis": ("a.webm", {"codec": "libvpx", "sound": {**AAC, "codec": "vorbis"}}, 0.01),
-    "webm-vp9-opus": ("a.webm", {"codec": "libvpx-vp9", "options": {"deadline": "realtime", "cpu-used": "8"},
-                                 "sound": {**AAC, "codec": "libopus"}}, 0.002),
+    "webm-vp9-opus": (
+        "a.webm",
+        {
+            "codec": "libvpx-vp9",
+            "options": {"deadline": "realtime", "cpu-used": "8"},
+            "sound": {**AAC, "codec": "libopus"},
+        },
+        0.002,
+    ),
     "avi-5.1-ac3": ("a.avi", {"sound": {"codec": "ac3", "rate": 48_000, "layout": "5.1"}}, 0.01),
     "avi-u8": ("a.avi", {"sound": {"codec": "pcm_u8", "rate": 8000}}, 0.002),
     "ts": ("a.ts", {"codec": "mpeg2video", "sound": {**AAC, "codec": "mp2"}}, 0.002),
@@ -165,7 +197,7 @@ def test_at_its_own_size_the_picture_is_the_source(tmp_path):
 def test_pixels_that_are_not_square(tmp_path):
     """96 x 96 pixels, each twice as wide as high, show a picture 192 x 96: its central square is 48 pixels wide."""
     path = write(tmp_path / "a.mp4", codec="libx264", width=96, height=96, aspect=Fraction(2), options={"crf": "10"})
-    first = read(path, size=96).video[:, 1].mean(0)              # index 1: light in columns 0 to 31, rows 0 to 31
+    first = read(path, size=96).video[:, 1].mean(0)  # index 1: light in columns 0 to 31, rows 0 to 31
     assert first[4:28, 4:12].min() > 0.8 and first[4:28, 20:].max() < 0.2 and first[36:].max() < 0.2
 
 
@@ -173,7 +205,7 @@ def test_rotation(tmp_path):
     path = write(tmp_path / "a.mp4", codec="libx264", width=96, height=72, options={"crf": "10"})
     upright = read(path).video
     data = bytearray(path.read_bytes())
-    at = data.index(b"tkhd") + 4 + 40                   # the matrix of the track header: 90 degrees clockwise
+    at = data.index(b"tkhd") + 4 + 40  # the matrix of the track header: 90 degrees clockwise
     data[at : at + 36] = np.array([0, 1 << 16, 0, -1 << 16, 0, 0, 72 << 16, 0, 1 << 30], ">i4").tobytes()
     (tmp_path / "phone.mp4").write_bytes(data)
     turned = read(tmp_path / "phone.mp4").video
@@ -182,12 +214,13 @@ def test_rotation(tmp_path):
 
 # Time
 
+
 def test_resampled_in_time(tmp_path):
     path = write(tmp_path / "a.mkv", sound=AAC)
     clip = read(path, frames=12, fps=10)
     assert indices(clip) == [int(i * 2.5) for i in range(12)] and clip.fps == 10
     assert clip.audio.shape == (12 * RATE // 10,) and onset(clip.audio) == pytest.approx(0.5, abs=0.002)
-    assert indices(read(path, frames=16, fps=10)) == [int(i * 2.5) for i in range(16)]       # all 1.6 s of it
+    assert indices(read(path, frames=16, fps=10)) == [int(i * 2.5) for i in range(16)]  # all 1.6 s of it
     with pytest.raises(MediaError, match=r"only 16 frames at 10 frames per second, expected 17"):
         read(path, frames=17, fps=10)
 
@@ -207,14 +240,14 @@ def test_its_own_rate_by_name_is_no_change(rate, tmp_path):
         assert indices(read(path, frames=100, fps=float(rate))) == list(range(100)), name
 
 
-VARIABLE = [*range(0, 500, 25), *range(500, 2500, 100)]         # milliseconds: 40 frames a second, then 10
+VARIABLE = [*range(0, 500, 25), *range(500, 2500, 100)]  # milliseconds: 40 frames a second, then 10
 
 
 def test_variable_rate_by_time(tmp_path):
     path = write(tmp_path / "a.mkv", times=VARIABLE, sound={**AAC, "seconds": 2.6, "onset": 1.5})
     clip = read(path, frames=40, fps=20)
     expected = [max(i for i, t in enumerate(VARIABLE) if t <= 50 * k) for k in range(40)]
-    assert indices(clip) == expected and expected[30] == 30     # the frame of 1.5 s, where the tone begins
+    assert indices(clip) == expected and expected[30] == 30  # the frame of 1.5 s, where the tone begins
     assert onset(clip.audio) == pytest.approx(1.5, abs=0.002)
 
 
@@ -222,8 +255,8 @@ def test_variable_rate_as_it_comes(tmp_path):
     path = write(tmp_path / "a.mkv", times=VARIABLE, sound={**AAC, "seconds": 2.6, "onset": 1.5})
     clip = read(path, frames=30)
     assert indices(clip) == list(range(30))
-    assert clip.fps == pytest.approx(30 / 1.5, rel=1e-3)        # 30 frames cover 1.5 s ...
-    assert clip.audio.shape == (round(30 / clip.fps * RATE),)   # ... and so does their sound, which ends at the onset
+    assert clip.fps == pytest.approx(30 / 1.5, rel=1e-3)  # 30 frames cover 1.5 s ...
+    assert clip.audio.shape == (round(30 / clip.fps * RATE),)  # ... and so does their sound, which ends at the onset
     assert (clip.audio.abs() > 0.1).sum() == 0
 
 
@@ -256,8 +289,12 @@ def test_video_that_starts_late_is_time_zero(tmp_path):
 
 
 def test_times_below_zero(tmp_path):
-    path = write(tmp_path / "a.ts", times=[-200 + 40 * i for i in range(40)],
-                 sound={**AAC, "codec": "mp2", "onset": 0.5}, container_options={"avoid_negative_ts": "disabled"})
+    path = write(
+        tmp_path / "a.ts",
+        times=[-200 + 40 * i for i in range(40)],
+        sound={**AAC, "codec": "mp2", "onset": 0.5},
+        container_options={"avoid_negative_ts": "disabled"},
+    )
     clip = read(path)
     check(clip)
     assert onset(clip.audio) == pytest.approx(0.7, abs=0.002)
@@ -283,6 +320,7 @@ def test_lost_packets_of_sound_do_not_shift_the_rest(tmp_path):
 
 # Errors: one each, with the file and the reason
 
+
 def test_fewer_frames_than_asked(tmp_path):
     with pytest.raises(MediaError, match=r"short\.mp4: only 40 frames, expected 64"):
         read(write(tmp_path / "short.mp4", sound=AAC), frames=64)
@@ -300,7 +338,7 @@ def test_truncated_gives_what_is_there(name, tmp_path):
         read(path, frames=100)
     there = int(str(caught.value).split("only ")[1].split()[0])
     assert 40 <= there < 90
-    check(read(path, frames=there), frames=there)           # each of them is whole
+    check(read(path, frames=there), frames=there)  # each of them is whole
 
 
 def test_truncated_mp4_without_its_index(tmp_path):
@@ -338,7 +376,7 @@ def test_the_cover_of_a_song_is_no_video(tmp_path):
 def test_text_renamed(text, tmp_path):
     path = tmp_path / "words.mp4"
     path.write_text(text)
-    write(tmp_path / "other.ts", codec="mpeg2video")        # a playlist must not open it
+    write(tmp_path / "other.ts", codec="mpeg2video")  # a playlist must not open it
     with pytest.raises(MediaError, match=r"words\.mp4: cannot be read as video: "):
         read(path)
 
@@ -397,8 +435,18 @@ def test_any_name(name, tmp_path):
         check(read(path))
 
 
-@pytest.mark.parametrize("wrong", [{"frames": 0}, {"frames": 2.5}, {"size": -1}, {"sample_rate": 0}, {"fps": 0},
-                                   {"fps": float("nan")}, {"fps": float("inf")}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"frames": 0},
+        {"frames": 2.5},
+        {"size": -1},
+        {"sample_rate": 0},
+        {"fps": 0},
+        {"fps": float("nan")},
+        {"fps": float("inf")},
+    ],
+)
 def test_arguments(wrong):
     with pytest.raises(ValueError, match=f"read_clip: {next(iter(wrong))}: expected"):
         read_clip(SAMPLE, **{"frames": 8, "size": 8, "sample_rate": RATE, **wrong})
