@@ -61,5 +61,18 @@ def clip(frames: int, rows: int = 1, *, size: tuple[int, int] = (32, 32), dtype=
     return video, audio
 
 
+def scenes(rows: int = 8, frames: int = 16) -> tuple[Tensor, Tensor]:
+    """Clips that tell themselves apart: a square that moves over a coloured ground, and a tone. float32."""
+    video = torch.rand(rows, 3, 1, 1, 1).repeat(1, 1, frames, 32, 32)
+    square = torch.rand(rows, 3, 1, 1)
+    for b in range(rows):
+        for t in range(frames):
+            row, column = (3 * b + t * (1 + b % 3)) % 24, (5 * b + 2 * t) % 24
+            video[b, :, t, row : row + 8, column : column + 8] = square[b]
+    seconds = torch.arange(frames * SAMPLES_PER_FRAME) / 16_000
+    audio = torch.stack([0.3 * torch.sin(2 * torch.pi * (200 + 150 * b) * seconds) for b in range(rows)])
+    return video, audio
+
+
 def words(rows: int, length: int = 6) -> Tensor:
     return torch.randint(3, 259, (rows, length))

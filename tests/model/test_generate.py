@@ -1,0 +1,217 @@
+"""Text: the cache changes nothing, sampling does what it says, many questions about one clip, and streams."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mirasol_model.generate import pick
+from tests.model.clips import SAMPLES_PER_FRAME, clip, model, words
+from tests.numerics import assert_close_fp64
+
+F = 4
+BOUNDED = {"latent": {"window": 3, "sink": 1}}
+
+
+def uncached(made, encoded, prompt, steps):
+    """Greedy without a cache: the whole text again for each token."""
+    text = prompt
+    for _ in range(steps):
+        logits = made.text(text, made.text.remember(encoded.latents, encoded.age))
+        text = torch.cat([text, logits[:, -1:].argmax(-1)], dim=1)
+    return text[:, prompt.shape[1] :]
+
+
+@pytest.mark.parametrize("variant", ["current", "ttm"])
+def test_the_cache_changes_nothing(variant):
+    made = model(variant)
+    video, audio = clip(10, 3)
+    encoded, prompt = made.encode(video, audio, frames=[10, 4, 7]), words(3)
+    answer = made.answer(encoded, prompt, 12)
+    expected = uncached(made, encoded, prompt, 12)
+    for row, want in zip(answer, expected, strict=True):
+        stop = (want == 1).nonzero()
+        end = int(stop[0]) + 1 if len(stop) else 12
+        assert torch.equal(row[:end], want[:end])
+        assert (row[end:] == 0).all()
+    assert torch.equal(made.generate(video, audio, prompt, 12, frames=[10, 4, 7]), answer)
+
+
+def test_prompts_of_different_lengths_are_what_they_are_alone():
+    made = model()
+    encoded = made.encode(*clip(8, 3))
+    prompt, lengths = words(3, 7), [7, 2, 4]
+    together = made.answer(encoded, prompt, 9, prompt_lengths=lengths)
+    for b, length in enumerate(lengths):
+        mine = type(encoded)(*(field[b : b + 1] for field in encoded))
+        alone = made.answer(mine, prompt[b : b + 1, :length], 9)[0]
+        assert torch.equal(together[b, : len(alone)], alone)
+        assert (together[b, len(alone) :] == 0).all()
+
+
+def test_one_clip_many_questions():
+    made = model()
+    encoded, prompts = made.encode(*clip(8)), words(5)
+    answers = made.answer(encoded, prompts, 4)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        alone = made.answer(encoded, prompt[None], 4)[0]
+        assert torch.equal(answer[: len(alone)], alone)
+
+
+def test_an_answer_ends_with_eos():
+    made = model()
+    encoded, prompt = made.encode(*clip(8)), words(1)
+    plain = uncached(made, encoded, prompt, 8)[0].tolist()
+    end = next(i for i, token in enumerate(plain) if token not in plain[:i] and i > 0)
+    made.text.config = replace(made.config.text, eos=plain[end], pad=0)
+    both = type(encoded)(
+        *(field.repeat(2, *(1,) * (field.ndim - 1)) for field in encoded[:2]), encoded.age.repeat(2, 0)
+    )
+    answer = made.answer(both, torch.cat([prompt, words(1)]), 8)
+    assert answer[0, : end + 1].tolist() == plain[: end + 1]
+    assert (answer[0, end + 1 :] == 0).all()
+
+
+def test_sampling():
+    logits = torch.tensor([[0.0, 1.0, 2.0, 3.0]]).log_softmax(-1)
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(temperature=1.0, top_k=None, top_p=None, times=4000):
+        every = pick(logits.expand(times, -1), temperature, top_k, top_p, generator)
+        return torch.bincount(every, minlength=4) / times
+
+    share = logits.softmax(-1)[0]  # 0.03 0.09 0.24 0.64
+    assert torch.equal(drawn(0.0), torch.tensor([0.0, 0.0, 0.0, 1.0]))
+    error = 5 * (share * (1 - share) / 4000).sqrt()
+    assert ((drawn() - share).abs() < error).all()
+    assert (drawn(top_k=2)[:2] == 0).all() and drawn(top_k=2)[2] > 0
+    assert (drawn(top_p=0.7)[:2] == 0).all() and drawn(top_p=0.7)[2] > 0
+    assert drawn(top_p=0.6)[3] == 1 and drawn(top_p=1.0)[0] > 0
+    assert drawn(temperature=10.0)[0] > 0.15
+
+
+def test_sampling_is_reproducible_and_stays_in_the_vocabulary():
+    made = model()
+    encoded, prompt = made.encode(*clip(8)), words(1)
+    kwargs = {"temperature": 1.0, "top_k": 50, "top_p": 0.9}
+    first, second = (
+        made.answer(encoded, prompt, 16, generator=torch.Generator().manual_seed(1), **kwargs) for _ in range(2)
+    )
+    assert torch.equal(first, second)
+    assert first.min() >= 0 and first.max() < made.config.text.vocabulary
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"prompt": words(3)}, ValueError, "generate: prompt: expected 2 rows like the clips, got 3"),
+        ({"prompt": words(2).int()}, TypeError, "generate: prompt: expected an int64 tensor, got torch.int32"),
+        ({"prompt": words(2, 0)}, ValueError, r"generate: prompt: expected \(B, L\) with L at least 1, got \(2, 0\)"),
+        ({"max_new_tokens": 0}, ValueError, "generate: max_new_tokens: expected at least 1, got 0"),
+        ({"temperature": -1.0}, ValueError, "generate: temperature: expected at least 0, got -1.0"),
+        ({"top_k": 0}, ValueError, "generate: top_k: expected None or at least 1, got 0"),
+        ({"top_p": 0.0}, ValueError, r"generate: top_p: expected None or a share in \(0, 1\], got 0.0"),
+        ({"prompt_lengths": [6]}, ValueError, r"generate: prompt_lengths: expected \(2,\) of 1 .. 6, got \[6\]"),
+        ({"prompt_lengths": [0, 6]}, ValueError, r"prompt_lengths: expected \(2,\) of 1 .. 6, got \[0, 6\]"),
+    ],
+)
+def test_what_does_not_fit_is_an_error(change, error, message):
+    made = model(dtype=torch.float32)
+    encoded = made.encode(*clip(8, 2, dtype=torch.float32))
+    with pytest.raises(error, match=message):
+        made.answer(encoded, **{"prompt": words(2), **change})
+
+
+# ------------------------------------------------------------------------------------------------------ streams
+
+
+def parts(video, audio, frames):
+    for begin in range(0, frames, F):
+        end = min(begin + F, frames)
+        yield video[:, :, begin:end], audio[:, begin * SAMPLES_PER_FRAME : end * SAMPLES_PER_FRAME]
+
+
+@pytest.mark.parametrize("variant", ["current", "all-window", "ttm", "perceiver", "token_learner"])
+def test_a_stream_is_the_clip(variant):
+    """The last snippet is a short one."""
+    made, frames = model(variant, **BOUNDED), 30
+    video, audio = clip(frames, 2)
+    encoded = made.encode(video, audio)
+    stream = made.stream()
+    h = torch.stack([stream.push(*part) for part in parts(video, audio, frames)], dim=1)
+    assert_close_fp64(h, encoded.latents)
+    kept = [0, 5, 6, 7]  # the sink, and the window
+    asked = type(encoded)(*(field[:, kept] for field in encoded))
+    prompt = words(2)
+    assert torch.equal(stream.generate(prompt, 6), made.answer(asked, prompt, 6))
+
+
+@pytest.mark.parametrize("variant", ["current", "ttm"])
+def test_a_short_stream_is_exact_without_a_window_in_the_config(variant):
+    made, frames = model(variant), 20
+    video, audio = clip(frames, 1)
+    stream = made.stream(window=5)
+    for part in parts(video, audio, frames):
+        stream.push(*part)
+    prompt = words(1)
+    assert torch.equal(stream.generate(prompt, 6), made.generate(video, audio, prompt, 6))
+
+
+@pytest.mark.parametrize("variant", ["all-window", "ttm", "perceiver"])
+def test_sound_or_picture_may_drop_out(variant):
+    """Where one is missing in all snippets, that is known offline too."""
+    made = model(variant, **BOUNDED)
+    video, audio = clip(12)
+    silent, dark = made.stream(), made.stream()
+    seen = torch.stack([silent.push(v) for v, _ in parts(video, audio, 12)], dim=1)
+    heard = torch.stack([dark.push(None, a) for _, a in parts(video, audio, 12)], dim=1)
+    assert_close_fp64(seen, made.encode(video, None).latents)
+    assert_close_fp64(heard, made.encode(None, audio, frames=12).latents)
+    mixed = made.stream()
+    for i, (v, a) in enumerate(parts(video, audio, 12)):
+        h = mixed.push(None if i == 1 else v, None if i == 2 else a)
+        assert h.isfinite().all()
+
+
+def test_what_a_stream_keeps_does_not_grow():
+    def kept(stream) -> int:
+        tensors = [stream._combiner] if isinstance(stream._combiner, torch.Tensor) else []
+        if hasattr(stream._combiner, "layers"):
+            tensors += [x for piece in stream._combiner.layers for pair in piece for x in pair]
+        tensors += [x for cache in stream._caches for x in (cache.k, cache.v)]
+        tensors += [*stream._first, *stream._last]
+        return sum(x.untyped_storage().nbytes() for x in tensors)
+
+    for variant in ("current", "all-window", "ttm"):
+        made = model(variant, dtype=torch.float32, **BOUNDED)
+        video, audio = clip(F, dtype=torch.float32)
+        stream, sizes = made.stream(), []
+        for _ in range(20):
+            stream.push(video, audio)
+            sizes.append(kept(stream))
+        assert len(set(sizes[5:])) == 1 and stream.seen == 20
+        stream.reset()
+        assert stream.seen == 0 and stream._caches is None
+
+
+def test_what_a_stream_refuses():
+    made = model(dtype=torch.float32)
+    video, audio = clip(8, dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"stream: window: expected at least 1 snippet, .*, got None"):
+        made.stream()
+    with pytest.raises(ValueError, match="stream: sink: expected at least 0, got -1"):
+        made.stream(window=2, sink=-1)
+    with pytest.raises(ValueError, match=r"stream: combiner.window: expected a number with context 'all'"):
+        model("all").stream(window=2)
+    stream = made.stream(window=2)
+    with pytest.raises(ValueError, match=r"stream.generate: expected a snippet to be pushed first, got none"):
+        stream.generate(words(1))
+    with pytest.raises(ValueError, match=r"stream.push: video: expected at most 4 frames, got 8"):
+        stream.push(video, audio)
+    with pytest.raises(ValueError, match=r"stream.push: video, audio: expected at least one of them"):
+        stream.push(None)
+    stream.push(video[:, :, :4])
+    with pytest.raises(ValueError, match=r"stream.push: video, audio: expected 1 rows, got 2"):
+        stream.push(video[:, :, :4].expand(2, -1, -1, -1, -1))
