@@ -23,13 +23,15 @@ from mirasol_kernels import _native
 
 BACKENDS = ("native", "triton", "cuda", "reference")
 WhyNot = Callable[..., "str | None"]
+_ENVIRONMENT = os.environ.get("MIRASOL_BACKEND") or None
 
 
 class _Wish(threading.local):
     """The backend asked for in this thread.  Not a ContextVar: Dynamo cannot trace one, and this it guards on."""
 
-    name: str | None = os.environ.get("MIRASOL_BACKEND") or None
-    explain: bool = False
+    def __init__(self) -> None:  # run in every thread; Dynamo of torch 2.10 would not see a default of the class change
+        self.name = _ENVIRONMENT
+        self.explain = False
 
 
 class _Explained(BaseException):  # not an Exception: no caller's `except Exception` may swallow the answer
