@@ -22,14 +22,18 @@ LEAST_ROUNDS = 3
 
 
 class Timing(NamedTuple):
-    median: float       # seconds, like the others
-    low: float          # 10 %
-    high: float         # 90 %
+    median: float  # seconds, like the others
+    low: float  # 10 %
+    high: float  # 90 %
     rounds: int
 
 
 def interleave(
-    candidates: Mapping[str, Callable[[], Any]], *, rounds: int = 20, warmup: float = 0.2, budget: float | None = None,
+    candidates: Mapping[str, Callable[[], Any]],
+    *,
+    rounds: int = 20,
+    warmup: float = 0.2,
+    budget: float | None = None,
     device: str = "cpu",
 ) -> dict[str, Timing]:
     """Time every candidate once per round, each round in another order, so that drifting clocks hit all alike.
@@ -72,8 +76,8 @@ def clock(work: Callable[[], Any], device: str = "cpu") -> float:
 
 
 class Memory(NamedTuple):
-    before: int         # bytes once everything was prepared
-    peak: int           # bytes at most, from then on
+    before: int  # bytes once everything was prepared
+    peak: int  # bytes at most, from then on
 
 
 def peak_memory(prepare: Callable[..., Callable[[], Any]], *args: Any, device: str = "cpu") -> tuple[Memory, Any]:
@@ -115,7 +119,7 @@ def _forget_peak(device: str) -> int:
         return torch.cuda.memory_allocated()
     try:
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:         # not Linux, or not allowed: the peak then includes the preparation
+    except OSError:  # not Linux, or not allowed: the peak then includes the preparation
         return _peak(device)
     return _status("VmRSS")
 
@@ -124,7 +128,7 @@ def _peak(device: str) -> int:
     if device != "cpu":
         return torch.cuda.max_memory_allocated()
     if sys.platform == "linux":
-        return _status("VmHWM")     # not ru_maxrss: a spawned process inherits that from its parent
+        return _status("VmHWM")  # not ru_maxrss: a spawned process inherits that from its parent
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -171,19 +175,32 @@ def machine(device: str = "cpu") -> dict[str, Any]:
     """Where and from what a number comes. Models of hardware and versions only: no names of hosts, users or paths."""
     try:
         import triton
+
         triton_version = triton.__version__
     except ImportError:
         triton_version = None
     facts: dict[str, Any] = {
-        "cpu": _cpu(), "isa": torch.backends.cpu.get_cpu_capability(), "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(), "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(), "torch": torch.__version__, "triton": triton_version,
+        "cpu": _cpu(),
+        "isa": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": triton_version,
     }
     if device != "cpu":
-        facts |= {"gpu": torch.cuda.get_device_name(), "capability": torch.cuda.get_device_capability(),
-                  "cuda": torch.version.cuda, "driver": _said("nvidia-smi", "--query-gpu=driver_version",
-                                                              "--format=csv,noheader")}
+        facts |= {
+            "gpu": torch.cuda.get_device_name(),
+            "capability": torch.cuda.get_device_capability(),
+            "cuda": torch.version.cuda,
+            "driver": _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        }
     return facts | commit()
+
+
+def threads(machine: Mapping[str, Any]) -> str:
+    return "1 thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
 
 
 def commit() -> dict[str, Any]:

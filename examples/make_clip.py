@@ -14,10 +14,10 @@ import av
 import numpy as np
 
 FPS, WIDTH, HEIGHT, RATE = 25, 160, 120, 32_000
-ROOM = np.array([[20, 0], [140, 120]])              # its corners, x and y: the square that a centre crop leaves
-SUBSTEPS = 40                                       # of the motion, per frame: 1 ms
-RADIUS = np.array([9.0, 11.0, 13.0, 15.0])          # pixels
-NOTE = np.array([784.0, 587.3, 440.0, 293.7])       # Hz; the bigger the lower
+ROOM = np.array([[20, 0], [140, 120]])  # its corners, x and y: the square that a centre crop leaves
+SUBSTEPS = 40  # of the motion, per frame: 1 ms
+RADIUS = np.array([9.0, 11.0, 13.0, 15.0])  # pixels
+NOTE = np.array([784.0, 587.3, 440.0, 293.7])  # Hz; the bigger the lower
 COLOUR = np.array([[240, 200, 60], [230, 90, 70], [80, 190, 110], [90, 140, 240]])
 
 
@@ -45,7 +45,7 @@ def simulate(frames: int, seed: int = 3) -> tuple[np.ndarray, list[tuple[float, 
                 closing = (speed[j] - speed[i]) @ axis_of_hit
                 if np.linalg.norm(apart) < RADIUS[i] + RADIUS[j] and closing > 0:
                     mass = RADIUS**2
-                    push = 2 * closing / (mass[i] + mass[j]) * axis_of_hit       # elastic: the balls never come to rest
+                    push = 2 * closing / (mass[i] + mass[j]) * axis_of_hit  # elastic: the balls never come to rest
                     speed[i], speed[j] = speed[i] + mass[j] * push, speed[j] - mass[i] * push
                     hits += [(now, ball, closing / 150, at[ball, 0] / WIDTH) for ball in (i, j)]
     return path, hits
@@ -71,8 +71,10 @@ def ring(hits: list[tuple[float, int, float, float]], frames: int) -> np.ndarray
     sound = 1e-3 * np.random.default_rng(1).standard_normal((2, samples))
     time = np.arange(int(0.35 * RATE)) / RATE
     for second, ball, strength, pan in hits:
-        bar = sum(a * np.sin(2 * np.pi * NOTE[ball] * m * time) * np.exp(-d * time)
-                  for m, a, d in ((1, 1, 14), (2.76, 0.4, 30), (5.4, 0.2, 60)))
+        bar = sum(
+            a * np.sin(2 * np.pi * NOTE[ball] * m * time) * np.exp(-d * time)
+            for m, a, d in ((1, 1, 14), (2.76, 0.4, 30), (5.4, 0.2, 60))
+        )
         first = round(second * RATE)
         piece = (0.35 * min(strength, 1) * bar)[: samples - first]
         sound[:, first : first + len(piece)] += np.sqrt([[1 - pan], [pan]]) * piece

@@ -23,14 +23,12 @@ class MediaError(ValueError):
 
 
 class Clip(NamedTuple):
-    video: torch.Tensor            # (3, frames, size, size) float32 in [0, 1], RGB
-    audio: torch.Tensor | None     # (samples,) float32 in [-1, 1], mono, samples = round(frames / fps * sample_rate)
-    fps: float                     # frames per second, constant
+    video: torch.Tensor  # (3, frames, size, size) float32 in [0, 1], RGB
+    audio: torch.Tensor | None  # (samples,) float32 in [-1, 1], mono, samples = round(frames / fps * sample_rate)
+    fps: float  # frames per second, constant
 
 
-def read_clip(
-    path: str | os.PathLike, *, frames: int, fps: float | None = None, size: int, sample_rate: int
-) -> Clip:
+def read_clip(path: str | os.PathLike, *, frames: int, fps: float | None = None, size: int, sample_rate: int) -> Clip:
     """The first `frames` frames of a video file, and the sound of exactly their time.
 
     frames: how many. fps: frames per second; frame i is what a player shows i/fps seconds after the first one (the
@@ -85,7 +83,7 @@ def _opened(file: Any, name: str) -> Iterator[Any]:
     try:
         # No protocols: a playlist in disguise must not open other files or the network.
         with av.open(file, container_options={"protocol_whitelist": "none"}, metadata_errors="replace") as container:
-            if container.format.name == "tty":          # FFmpeg would play a .txt as a terminal session
+            if container.format.name == "tty":  # FFmpeg would play a .txt as a terminal session
                 raise MediaError(f"{name}: this is text, not video")
             yield container
     except av.FFmpegError as error:
@@ -97,7 +95,7 @@ def _stream(container: Any, kind: str, name: str) -> Any | None:
     from av.stream import Disposition
 
     stream = container.streams.best(kind)
-    if stream is None:      # FFmpeg passes over what it has no decoder for, but the user should hear of it
+    if stream is None:  # FFmpeg passes over what it has no decoder for, but the user should hear of it
         stream = next(iter(getattr(container.streams, kind)), None)
     if stream is None or stream.disposition & Disposition.attached_pic:
         return None
@@ -114,9 +112,9 @@ def _decoded(container: Any, stream: Any) -> Iterator[Any]:
     while True:
         try:
             packet = next(packets)
-        except (StopIteration, av.FFmpegError, IndexError):     # IndexError: PyAV's, of a stream that damage made up
+        except (StopIteration, av.FFmpegError, IndexError):  # IndexError: PyAV's, of a stream that damage made up
             return
-        if packet.is_corrupt:       # cut off by the end of the file: it would decode to a frame that never was
+        if packet.is_corrupt:  # cut off by the end of the file: it would decode to a frame that never was
             continue
         try:
             yield from packet.decode()
@@ -134,9 +132,9 @@ def _read_video(
     # coarser clock than a millisecond (AVI: one tick per frame) is not rounded but exact.
     tick = stream.time_base if stream.time_base <= Fraction(1, 1000) else Fraction(0)
     aspect = Fraction(stream.sample_aspect_ratio or 1)
-    pictures: list[np.ndarray] = []                 # (size, size, 3) each
-    times: list[Fraction] = []                      # of the frames decoded so far
-    held = None                                     # the frame on show
+    pictures: list[np.ndarray] = []  # (size, size, 3) each
+    times: list[Fraction] = []  # of the frames decoded so far
+    held = None  # the frame on show
     for frame in _decoded(container, stream):
         time = None if frame.pts is None else frame.pts * frame.time_base
         if times and (time is None or time <= times[-1]):
@@ -160,10 +158,10 @@ def _read_video(
     if fps is None:
         steady = all(abs(times[i] - times[0] - i / nominal) <= 1 / nominal for i in range(count))
         fps = nominal if steady else count / (times[count] - times[0])
-        if fps < Fraction(1, 100):      # damaged, and as long a sound would fill the memory
+        if fps < Fraction(1, 100):  # damaged, and as long a sound would fill the memory
             raise MediaError(f"{name}: its time stamps spread {count} frames over {float(count / fps):,.0f} seconds")
     video = torch.empty(3, count, size, size)
-    video.copy_(torch.from_numpy(np.stack(pictures)).permute(3, 0, 1, 2))       # from (count, size, size, 3) uint8
+    video.copy_(torch.from_numpy(np.stack(pictures)).permute(3, 0, 1, 2))  # from (count, size, size, 3) uint8
     return video.div_(255), times[0], fps
 
 
@@ -174,21 +172,27 @@ class _Shown:
         self.frame, self.aspect, self.size = frame, aspect, size
         self.picture: np.ndarray | None = None
 
-    def square(self) -> np.ndarray:                 # (size, size, 3) uint8
+    def square(self) -> np.ndarray:  # (size, size, 3) uint8
         if self.picture is None:
             frame, size = self.frame, self.size
-            ratio = frame.width * self.aspect / frame.height                # of the picture as it is to be seen
+            ratio = frame.width * self.aspect / frame.height  # of the picture as it is to be seen
             wide, high = (round(size * ratio), size) if ratio >= 1 else (size, round(size / ratio))
-            rgb = frame.reformat(wide, high, "rgb24", interpolation="BILINEAR").to_ndarray()    # (high, wide, 3)
+            rgb = frame.reformat(wide, high, "rgb24", interpolation="BILINEAR").to_ndarray()  # (high, wide, 3)
             top, left = (high - size) // 2, (wide - size) // 2
-            quarters = round(frame.rotation / 90)                           # phones store upright video lying down
+            quarters = round(frame.rotation / 90)  # phones store upright video lying down
             self.picture = np.rot90(rgb[top : top + size, left : left + size], quarters).copy()
             self.frame = None
         return self.picture
 
 
 def _show(
-    pictures: list[np.ndarray], held: _Shown, *, until: Fraction, start: Fraction, tick: Fraction, fps: Fraction | None,
+    pictures: list[np.ndarray],
+    held: _Shown,
+    *,
+    until: Fraction,
+    start: Fraction,
+    tick: Fraction,
+    fps: Fraction | None,
     count: int,
 ) -> None:
     """Append the held frame once for each moment of the clip before `until`; once in all when every frame counts."""
@@ -199,23 +203,21 @@ def _show(
         pictures.append(held.square())
 
 
-def _read_audio(
-    container: Any, stream: Any, start: Fraction, stop: Fraction, rate: int
-) -> torch.Tensor | None:
+def _read_audio(container: Any, stream: Any, start: Fraction, stop: Fraction, rate: int) -> torch.Tensor | None:
     """-> the sound in [start, stop) seconds, (samples,) mono at `rate`; None when the file has none there."""
     import av
 
     samples = round((stop - start) * rate)
     sound = np.zeros(samples, np.float32)
     heard = False
-    resampler, form, position = None, None, 0        # position: where in `sound` the next resampled sample belongs
-    expected = start                                 # when the next frame begins if nothing is missing
+    resampler, form, position = None, None, 0  # position: where in `sound` the next resampled sample belongs
+    expected = start  # when the next frame begins if nothing is missing
 
     def lay(chunks: list[Any]) -> None:
         nonlocal position, heard
         for chunk in chunks:
             # FFmpeg's own mix of float channels adds them up, to twice full scale and more.
-            piece = chunk.to_ndarray().mean(0)                    # (channels, samples) -> (samples,)
+            piece = chunk.to_ndarray().mean(0)  # (channels, samples) -> (samples,)
             low, high = max(-position, 0), min(samples - position, len(piece))
             if low < high:
                 sound[position + low : position + high] = piece[low:high]

@@ -20,10 +20,25 @@ ROOT = harness.ROOT
 def run(tmp_path_factory):
     """`python -m benchmarks.sweep` as a user types it -> the finished process, its folder, its report."""
     out = tmp_path_factory.mktemp("sweep") / "new" / "folder"
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.sweep", "--preset", "tiny", "--frames", "16", "8", "8",
-               "--train", "--out", str(out)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True,
-                          env={**os.environ, "MIRASOL_COMMIT": "a plain copy"})
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "benchmarks.sweep",
+        "--preset",
+        "tiny",
+        "--frames",
+        "16",
+        "8",
+        "8",
+        "--train",
+        "--out",
+        str(out),
+    ]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "MIRASOL_COMMIT": "a plain copy"}
+    )
     assert done.returncode == 0, done.stderr
     return done, out, json.loads((out / "sweep.json").read_text())
 
@@ -34,7 +49,7 @@ def test_table(run):
     rows = [line.split() for line in lines if line.split()[:1] in (["8"], ["16"])]
     assert [row[:3] for row in rows] == [[str(r["frames"]), r["combiner"], r["backend"]] for r in report["rows"]]
     assert lines[-1] == f"wrote {out / 'sweep.json'} and {out / 'sweep.png'}"
-    assert "16 frames, all" in done.stderr and "100%" in done.stderr        # the progress bar
+    assert "16 frames, all" in done.stderr and "100%" in done.stderr  # the progress bar
 
 
 def test_report(run):
@@ -48,7 +63,7 @@ def test_report(run):
     for row in rows:
         assert 0 < row["seconds_low"] <= row["seconds"] <= row["seconds_high"] and row["rounds"] >= harness.LEAST_ROUNDS
         assert 0 < row["step_bytes"] < row["peak_bytes"]
-        assert 0 < row["error"] < 1e-3      # a wrong kernel shows as 1, single precision as 1e-6; kernels' tests judge
+        assert 0 < row["error"] < 1e-3  # a wrong kernel shows as 1, single precision as 1e-6; kernels' tests judge
 
 
 def test_report_names_no_host_user_or_path(run):
@@ -67,15 +82,18 @@ def test_picture(run):
     from matplotlib import image
 
     picture = image.imread(run[1] / "sweep.png")
-    assert picture.shape[1] > 1000 and picture[..., 3].max() == 1       # drawn, on a transparent ground
+    assert picture.shape[1] > 1000 and picture[..., 3].max() == 1  # drawn, on a transparent ground
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["--clip", "missing.mp4"], "sweep: [Errno 2] No such file or directory: 'missing.mp4'"),
-    (["--clip", "{words}"], "sweep: {words}: cannot be read as video: Invalid data found when processing input"),
-    (["--frames", "16", "100000"], "sample.mp4: only 640 frames, expected 100000"),
-    (["--out", "{words}"], "sweep: [Errno 17] File exists: '{words}'"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--clip", "missing.mp4"], "sweep: [Errno 2] No such file or directory: 'missing.mp4'"),
+        (["--clip", "{words}"], "sweep: {words}: cannot be read as video: Invalid data found when processing input"),
+        (["--frames", "16", "100000"], "sample.mp4: only 640 frames, expected 100000"),
+        (["--out", "{words}"], "sweep: [Errno 17] File exists: '{words}'"),
+    ],
+)
 def test_one_line_for_what_cannot_be_read(arguments, message, tmp_path, capsys):
     words = tmp_path / "words.mp4"
     words.write_text("not a video\n" * 100)
@@ -98,7 +116,7 @@ def test_arguments(arguments, capsys):
 def test_interleave_takes_turns():
     calls = []
     timings = harness.interleave({name: lambda name=name: calls.append(name) for name in "abc"}, rounds=4, warmup=0)
-    assert "".join(calls) == "abc" "bca" "cab" "abc"
+    assert "".join(calls) == "abcbcacab" + "abc"
     assert all(t.rounds == 4 and t.low <= t.median <= t.high for t in timings.values())
     assert harness.interleave({"a": lambda: None}, rounds=50, warmup=0, budget=0)["a"].rounds == harness.LEAST_ROUNDS
 
@@ -129,7 +147,7 @@ def _die():
 def test_peak_memory_is_that_of_a_fresh_process():
     import torch
 
-    ballast = torch.ones(2**27)         # 512 MB here must not show there
+    ballast = torch.ones(2**27)  # 512 MB here must not show there
     memory, process = harness.peak_memory(_allocate, 200)
     assert process != os.getpid() and ballast.nbytes > memory.before
     assert 200e6 < memory.peak - memory.before < 300e6
