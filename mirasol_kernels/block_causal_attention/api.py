@@ -68,7 +68,8 @@ def block_causal_attention(
     Raises ValueError or TypeError naming the argument, before anything is computed; NotImplementedError with the reason
     if `backend` cannot serve the call.
     """
-    check(q, k, v, scale)
+    check(q, k, v)
+    check_scale(OP.name, scale)
     if not isinstance(layout, SnippetLayout):
         raise TypeError(f"{OP.name}: layout: expected a SnippetLayout, got {type(layout).__name__}")
     layout.validate(q.shape[2], k.shape[2], q.shape[0], op=OP.name)
@@ -83,8 +84,9 @@ def block_causal_attention(
     return (out, lse) if return_lse else out
 
 
-def check(q: Tensor, k: Tensor, v: Tensor, scale: float | None, op: str = OP.name) -> None:
+def check(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Raise unless attention of q, k and v, of any length, is defined."""
+    op = OP.name
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{op}: {name}: expected a tensor, got {type(x).__name__}")
@@ -107,6 +109,9 @@ def check(q: Tensor, k: Tensor, v: Tensor, scale: float | None, op: str = OP.nam
         raise ValueError(f"{op}: v: expected head_dim 1 .. {LARGEST_HEAD}, got {v.shape[3]}")
     if q.shape[1] < 1 or k.shape[1] < 1 or q.shape[1] % k.shape[1]:
         raise ValueError(f"{op}: q: expected heads a multiple of the {k.shape[1]} of k, got {q.shape[1]}")
+
+
+def check_scale(op: str, scale: float | None) -> None:
     if scale is not None and not isinstance(scale, int | float):
         raise TypeError(f"{op}: scale: expected a number or None, got {type(scale).__name__}")
 

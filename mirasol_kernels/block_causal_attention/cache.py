@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mirasol_kernels.block_causal_attention import reference
-from mirasol_kernels.block_causal_attention.api import check, shape
+from mirasol_kernels.block_causal_attention.api import DTYPES, LARGEST_HEAD, check_scale, shape
 from mirasol_kernels.block_causal_attention.op import OP, unit_stride
 
 
@@ -44,17 +44,20 @@ class SnippetCache:
         device: torch.device | str = "cpu",
     ) -> None:
         value_dim = head_dim if value_dim is None else value_dim
-        for name, number, least in (
-            ("batch", batch, 0),
-            ("heads", heads, 1),
-            ("head_dim", head_dim, 1),
-            ("value_dim", value_dim, 1),
-            ("snippet_tokens", snippet_tokens, 1),
-            ("window", window, 1),
-            ("sink", sink, 0),
+        for name, number, least, most in (
+            ("batch", batch, 0, None),
+            ("heads", heads, 1, None),
+            ("head_dim", head_dim, 1, LARGEST_HEAD),
+            ("value_dim", value_dim, 1, LARGEST_HEAD),
+            ("snippet_tokens", snippet_tokens, 1, None),
+            ("window", window, 1, None),
+            ("sink", sink, 0, None),
         ):
-            if not isinstance(number, int) or number < least:
-                raise ValueError(f"SnippetCache: {name}: expected an integer of at least {least}, got {number!r}")
+            if not isinstance(number, int) or number < least or (most and number > most):
+                limits = f"of at least {least}" if most is None else f"{least} .. {most}"
+                raise ValueError(f"SnippetCache: {name}: expected an integer {limits}, got {number!r}")
+        if dtype not in DTYPES:
+            raise TypeError(f"SnippetCache: dtype: expected float32, float16, bfloat16 or float64, got {dtype}")
         self.snippet_tokens, self.window, self.sink = snippet_tokens, window, sink
         tokens = (sink + window) * snippet_tokens
         self.k = torch.zeros(batch, heads, tokens, head_dim, dtype=dtype, device=device)
@@ -64,13 +67,10 @@ class SnippetCache:
     def append(self, k: Tensor, v: Tensor) -> None:
         """Store the next snippet of every batch row.  k: (B, H, snippet_tokens, D), v: (B, H, snippet_tokens, Dv)."""
         for name, x, ring in (("k", k, self.k), ("v", v, self.v)):
+            self._check("append", name, x)
             expected = (ring.shape[0], ring.shape[1], self.snippet_tokens, ring.shape[3])
-            if not isinstance(x, Tensor) or x.shape != expected:
-                raise ValueError(f"SnippetCache.append: {name}: expected {expected}, got {described(x)}")
-            if x.dtype != ring.dtype or x.device != ring.device:
-                raise ValueError(
-                    f"SnippetCache.append: {name}: expected {ring.dtype} on {ring.device}, got {x.dtype} on {x.device}"
-                )
+            if x.shape != expected:
+                raise ValueError(f"SnippetCache.append: {name}: expected {expected}, got {shape(x)}")
         turn = torch.remainder(self.position - self.sink, self.window) + self.sink
         slot = torch.where(self.position < self.sink, self.position, turn)  # (B,)
         rows = torch.arange(len(slot), device=slot.device)
@@ -96,12 +96,16 @@ class SnippetCache:
         Append the current snippet first: it is part of the window.  A row that has nothing yet gives 0.  scale,
         return_lse and backend as in `block_causal_attention`.
         """
-        check(q, self.k, self.v, scale, "SnippetCache.attend")
+        self._check("attend", "q", q)
+        batch, heads, _, dim = self.k.shape
+        if q.ndim != 4 or q.shape[0] != batch or q.shape[1] < 1 or q.shape[1] % heads or q.shape[3] != dim:
+            expected = f"(batch {batch}, a multiple of {heads} heads, tokens, head_dim {dim})"
+            raise ValueError(f"SnippetCache.attend: q: expected {expected}, got {shape(q)}")
+        check_scale("SnippetCache.attend", scale)
         q = unit_stride(q)
         scale = q.shape[3] ** -0.5 if scale is None else float(scale)
         # One group of rows per batch row, which sees one range.
-        device, batch = q.device, len(self.position)
-        q_offsets = (torch.arange(2, device=device, dtype=torch.int32) * q.shape[2]).repeat(batch, 1)  # (B, 2)
+        q_offsets = (torch.arange(2, device=q.device, dtype=torch.int32) * q.shape[2]).repeat(batch, 1)  # (B, 2)
         end = self.position.clamp(max=self.sink + self.window) * self.snippet_tokens
         k_ranges = torch.stack([torch.zeros_like(end), end], 1)[:, None, None]  # (B, 1, 1, 2)
         chosen = OP.select((q, self.k, self.v, q_offsets, k_ranges, scale, backend), backend)
@@ -145,6 +149,10 @@ class SnippetCache:
         vars(other).update({name: x.clone() if isinstance(x, Tensor) else x for name, x in vars(self).items()})
         return other
 
-
-def described(x: object) -> object:
-    return shape(x) if isinstance(x, Tensor) else type(x).__name__
+    def _check(self, call: str, name: str, x: Tensor) -> None:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"SnippetCache.{call}: {name}: expected a tensor, got {type(x).__name__}")
+        if x.dtype != self.k.dtype:
+            raise TypeError(f"SnippetCache.{call}: {name}: expected {self.k.dtype}, got {x.dtype}")
+        if x.device != self.k.device:
+            raise ValueError(f"SnippetCache.{call}: {name}: expected device {self.k.device}, got {x.device}")

@@ -1,0 +1,226 @@
+"""SnippetCache: a stream, snippet by snippet, equals the whole of it at once."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from mirasol_kernels import SnippetCache, SnippetLayout, block_causal_attention
+from tests.numerics import assert_close_fp64, assert_within_budget
+
+
+def stream(batch: int, snippets: int, tokens: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    """q (B, 4, N, 6), k (B, 2, N, 6), v (B, 2, N, 5) of `snippets` snippets."""
+    n = snippets * tokens
+    return tuple(torch.randn(batch, heads, n, dim, dtype=dtype) for heads, dim in ((4, 6), (2, 6), (2, 5)))
+
+
+def new(batch: int, tokens: int, window: int, sink: int, dtype: torch.dtype = torch.float64) -> SnippetCache:
+    return SnippetCache(batch, 2, 6, 5, snippet_tokens=tokens, window=window, sink=sink, dtype=dtype)
+
+
+def play(cache: SnippetCache, q: Tensor, k: Tensor, v: Tensor, **options) -> Tensor:
+    """All snippets through the cache -> (B, H, N, Dv)."""
+    outs = []
+    for q_t, k_t, v_t in zip(*(x.split(cache.snippet_tokens, 2) for x in (q, k, v)), strict=True):
+        cache.append(k_t, v_t)
+        outs.append(cache.attend(q_t, **options))
+    return torch.cat(outs, 2)
+
+
+@settings(max_examples=60)
+@given(snippets=st.integers(1, 12), tokens=st.integers(1, 5), window=st.integers(1, 4), sink=st.integers(0, 3))
+def test_equals_offline(snippets: int, tokens: int, window: int, sink: int) -> None:
+    """Over several turns of the ring."""
+    q, k, v = stream(2, snippets, tokens)
+    offline = block_causal_attention(q, k, v, SnippetLayout.uniform(snippets, tokens, window=window, sink=sink))
+    assert_close_fp64(play(new(2, tokens, window, sink), q, k, v), offline)
+
+
+def test_equals_offline_on_every_backend() -> None:
+    """In float32, on whatever the automatic choice is here, within the budget of the offline reference."""
+    q, k, v = stream(2, 9, 16, torch.float32)
+    layout = SnippetLayout.uniform(9, 16, window=3, sink=1)
+    low = block_causal_attention(q, k, v, layout, backend="reference")
+    exact = block_causal_attention(q.double(), k.double(), v.double(), layout)
+    for backend in (None, "reference"):
+        assert_within_budget(play(new(2, 16, 3, 1, torch.float32), q, k, v, backend=backend), low, exact)
+
+
+def test_rows_at_different_positions() -> None:
+    """A row that is reset starts its stream anew; the others do not notice."""
+    q, k, v = stream(3, 7, 4)
+    cache = new(3, 4, 2, 1)
+    play(cache, *(x[:, :, : 3 * 4] for x in (q, k, v)))
+    cache.reset([1])
+    assert cache.position.tolist() == [3, 0, 3]
+    late = play(cache, *(x[:, :, 3 * 4 :] for x in (q, k, v)))
+    whole = block_causal_attention(q, k, v, SnippetLayout.uniform(7, 4, window=2, sink=1))
+    anew = [x[1:2, :, 3 * 4 :] for x in (q, k, v)]
+    expected = whole[:, :, 3 * 4 :].clone()
+    expected[1:2] = block_causal_attention(*anew, SnippetLayout.uniform(4, 4, window=2, sink=1))
+    assert_close_fp64(late, expected)
+
+
+@pytest.mark.parametrize("rows", [[0, 2], torch.tensor([0, 2]), torch.tensor([True, False, True])])
+def test_reset_of_rows(rows: list[int] | Tensor) -> None:
+    cache = new(3, 2, 2, 0)
+    cache.append(*stream(3, 1, 2)[1:])
+    cache.reset(rows)
+    assert cache.position.tolist() == [0, 1, 0]
+    cache.reset()
+    assert cache.position.tolist() == [0, 0, 0]
+
+
+def test_before_the_first_snippet() -> None:
+    """Nothing is seen, and what earlier streams left in the ring does not leak, NaN neither."""
+    cache = new(2, 2, 2, 1)
+    nothing = [torch.full_like(x, torch.nan) for x in stream(2, 1, 2)]
+    cache.append(*nothing[1:])
+    cache.reset()
+    out, lse = cache.attend(stream(2, 1, 3)[0], return_lse=True)
+    assert (out == 0).all() and (lse == -torch.inf).all()
+
+
+def test_any_number_of_queries() -> None:
+    """One, many or none, with the scale and lse of `block_causal_attention`."""
+    q, k, v = stream(1, 3, 4)
+    cache = new(1, 4, 2, 0)
+    play(cache, q, k, v)
+    for n in (0, 1, 9):
+        q = torch.randn(1, 4, n, 6, dtype=torch.float64)
+        out, lse = cache.attend(q, scale=0.3, return_lse=True)
+        expected = block_causal_attention(
+            q, k[:, :, 4:], v[:, :, 4:], SnippetLayout.cross([n], [8], [1]), scale=0.3, return_lse=True
+        )
+        assert_close_fp64(out, expected[0])
+        assert_close_fp64(lse, expected[1])
+
+
+def test_memory_stays_where_it_is() -> None:
+    """Nothing is reallocated, so that one CUDA graph of a step serves every step."""
+    cache = new(1, 2, 2, 1)
+    tensors = {name: x for name, x in vars(cache).items() if isinstance(x, Tensor)}
+    addresses = {name: x.data_ptr() for name, x in tensors.items()}
+    play(cache, *stream(1, 8, 2))
+    cache.load_state_dict(cache.state_dict())
+    cache.reset()
+    assert {name: getattr(cache, name).data_ptr() for name in tensors} == addresses
+
+
+def test_state_dict_and_fork() -> None:
+    """Copies: what happens to the cache afterwards is not in them."""
+    q, k, v = stream(2, 6, 3)
+    first, rest = ([x[:, :, a:b] for x in (q, k, v)] for a, b in ((0, 12), (12, 18)))
+    cache = new(2, 3, 2, 1)
+    play(cache, *first)
+    state, fork = cache.state_dict(), cache.fork()
+    expected = play(cache, *rest)
+    other = new(2, 3, 2, 1)
+    other.load_state_dict(state)
+    for copy in (fork, other):
+        assert torch.equal(play(copy, *rest), expected)
+    assert all(isinstance(x, Tensor) for x in state.values())
+
+
+def test_nothing_carries_a_gradient() -> None:
+    q, k, v = (x.requires_grad_() for x in stream(1, 2, 2))
+    assert not play(new(1, 2, 2, 0), q, k, v).requires_grad
+
+
+def test_a_step_compiles_once() -> None:
+    """One graph for every step of a stream, whatever the positions."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    cache, plain = new(1, 2, 2, 1), new(1, 2, 2, 1)
+
+    def step(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        cache.append(k, v)
+        return cache.attend(q)
+
+    compiled = torch.compile(step, fullgraph=True, backend=counter)
+    for q, k, v in zip(*(x.split(2, 2) for x in stream(1, 6, 2)), strict=True):
+        plain.append(k, v)
+        assert_close_fp64(compiled(q, k, v), plain.attend(q))
+    assert counter.frame_count == 1
+
+
+K, V = torch.zeros(2, 2, 3, 6), torch.zeros(2, 2, 3, 5)
+
+
+def ready() -> SnippetCache:
+    return new(2, 3, 2, 1, torch.float32)
+
+
+def changed(name: str, value: Tensor) -> dict[str, Tensor]:
+    return ready().state_dict() | {name: value}
+
+
+def without(name: str) -> dict[str, Tensor]:
+    return {key: value for key, value in ready().state_dict().items() if key != name}
+
+
+ERRORS: dict[str, tuple[Callable, type[Exception], str]] = {
+    "batch": (lambda: SnippetCache(-1, 2, 6, snippet_tokens=3, window=2), ValueError, "batch: expected .* 0, got -1"),
+    "heads": (lambda: SnippetCache(1, 0, 6, snippet_tokens=3, window=2), ValueError, "heads: expected .* 1, got 0"),
+    "window": (lambda: SnippetCache(1, 2, 6, snippet_tokens=3, window=0), ValueError, "window: expected .* 1, got 0"),
+    "sink": (lambda: SnippetCache(1, 2, 6, snippet_tokens=3, window=1, sink=-1), ValueError, "sink: .* 0, got -1"),
+    "float": (lambda: SnippetCache(1, 2, 6, snippet_tokens=1.5, window=1), ValueError, "snippet_tokens: .* got 1.5"),
+    "wide": (lambda: SnippetCache(1, 2, 300, snippet_tokens=1, window=1), ValueError, "head_dim: .* 256, got 300"),
+    "dtype": (
+        lambda: SnippetCache(1, 2, 6, snippet_tokens=1, window=1, dtype=torch.int32),
+        TypeError,
+        "dtype: expected float32, float16, bfloat16 or float64, got torch.int32",
+    ),
+    "k": (
+        lambda: ready().append(K[:, :, :2], V),
+        ValueError,
+        r"append: k: expected \(2, 2, 3, 6\), got \(2, 2, 2, 6\)",
+    ),
+    "v": (lambda: ready().append(K, K), ValueError, r"append: v: expected \(2, 2, 3, 5\), got \(2, 2, 3, 6\)"),
+    "no tensor": (lambda: ready().append(None, V), TypeError, "append: k: expected a tensor, got NoneType"),
+    "k's dtype": (
+        lambda: ready().append(K.half(), V),
+        TypeError,
+        "append: k: expected torch.float32, got torch.float16",
+    ),
+    "k's device": (lambda: ready().append(K.to("meta"), V), ValueError, "append: k: expected device cpu, got meta"),
+    "q": (lambda: ready().attend(K[:1]), ValueError, r"attend: q: expected \(batch 2, .* got \(1, 2, 3, 6\)"),
+    "q's dtype": (lambda: ready().attend(K.double()), TypeError, "SnippetCache.attend: q: expected torch.float32"),
+    "scale": (lambda: ready().attend(K, scale="1"), TypeError, "attend: scale: expected a number or None, got str"),
+    "no state": (lambda: ready().load_state_dict(without("v")), ValueError, r"expected \['geometry', .* got"),
+    "other state": (
+        lambda: ready().load_state_dict(changed("geometry", torch.tensor([3, 1, 2]))),
+        ValueError,
+        r"geometry: expected \(snippet_tokens, window, sink\) = \(3, 2, 1\), got \(3, 1, 2\)",
+    ),
+    "other batch": (
+        lambda: ready().load_state_dict(changed("position", torch.zeros(3, dtype=torch.int32))),
+        ValueError,
+        r"position: expected \(2,\), got \(3,\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_errors(name: str) -> None:
+    call, error, text = ERRORS[name]
+    with pytest.raises(error, match=text):
+        call()
+
+
+def test_an_error_changes_nothing() -> None:
+    """Neither half of a bad snippet is stored."""
+    cache = ready()
+    before = cache.state_dict()
+    for k, v in itertools.permutations((K + 1, V.half() + 1, None), 2):
+        with pytest.raises((ValueError, TypeError)):
+            cache.append(k, v)
+    assert all(torch.equal(x, before[name]) for name, x in cache.state_dict().items())
