@@ -16,7 +16,9 @@ from benchmarks.harness import threads
 
 INK = "#7d8590"  # a grey with enough contrast on white and on black; so are the colours
 COLOURS = {"native": "#2f81f7", "triton": "#2f81f7", "cuda": "#3fb950", "reference": "#db6d28"}
-PAGE = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK) | {
+PAGE: dict[Any, Any] = dict.fromkeys(
+    ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK
+) | {
     "axes.spines.top": False,
     "axes.spines.right": False,
 }
