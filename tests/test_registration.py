@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+
 import pytest
 import torch
 from torch import Tensor
@@ -50,6 +53,27 @@ def test_compiled(entry: Entry) -> None:
     actual, eager = evaluate(compiled, entry[1]), evaluate(case, entry[1])
     exact = evaluate(case, "reference", torch.float64)
     assert actual.keys() == eager.keys()
+    for name in exact:
+        assert_within_budget(actual[name], eager[name], exact[name], what=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["reference", "native"])
+def test_inductor(backend: str) -> None:
+    """The compiler that users get by default generates code around the operators, and for all of the reference."""
+    torch._dynamo.reset()
+    if shutil.which(os.environ.get("CXX", "c++")) is None:
+        pytest.skip("no C++ compiler")
+    case = next(cases.cases())
+    said = explain(case.call, **case.tensors, backend=backend)[backend]
+    if said != "runs":
+        pytest.skip(f"{backend}: {said}")
+    compiled = case._replace(call=torch.compile(case.call, fullgraph=True))
+    actual, eager, exact = (
+        evaluate(compiled, backend),
+        evaluate(case, backend),
+        evaluate(case, "reference", torch.float64),
+    )
     for name in exact:
         assert_within_budget(actual[name], eager[name], exact[name], what=name)
 

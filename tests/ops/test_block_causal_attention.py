@@ -12,13 +12,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mirasol_kernels import SnippetLayout, block_causal_attention, explain
+from mirasol_kernels import SnippetLayout, block_causal_attention, explain, use_backend
 from mirasol_kernels._check import Case, evaluate
-from mirasol_kernels.block_causal_attention import backward, cases, reference
-from mirasol_kernels.block_causal_attention.op import OP
+from mirasol_kernels.block_causal_attention import backward, cases, op, reference
 from tests.numerics import assert_close_fp64, assert_within_budget, budget
 
-FUSED = [b.name for b in OP.backends if b.device == "cpu"]
+FUSED = [b.name for b in op.OP.backends if b.device == "cpu"]
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -395,6 +394,18 @@ def test_return_lse_and_scale() -> None:
     assert isinstance(out, Tensor) and torch.equal(out, again) and lse.shape == (1, 1, 6)
     assert torch.equal(out, block_causal_attention(q, k, v, layout, scale=0.5))  # 1/sqrt(4)
     assert not torch.equal(out, block_causal_attention(q, k, v, layout, scale=1))
+
+
+def test_cuda_is_never_chosen_unverified(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU that no results file speaks for, its kernels run only for who asks for them by name."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert op._cuda(X, None) == "not verified on this GPU: runs only if asked for by name"
+    assert op._cuda(X, "cuda") is None
+    assert op._cuda(X.half(), "cuda") == "float32 only"
+    with use_backend("cuda"):
+        assert op._cuda(X, None) is None
+    monkeypatch.setitem(op.VERIFIED, (9, 0), "results.json")
+    assert op._cuda(X, None) is None
 
 
 # -------------------------------------------------------------------- errors
