@@ -372,7 +372,15 @@ def test_the_cover_of_a_song_is_no_video(tmp_path):
         read(path, frames=1)
 
 
-@pytest.mark.parametrize("text", ["just some words, and not a video\n" * 100, "#EXTM3U\n#EXTINF:1,\nother.ts\n", "x"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "just some words, and not a video\n" * 100,
+        "#EXTM3U\n#EXTINF:1,\nother.ts\n",
+        "ffconcat version 1.0\nfile other.ts\n",
+        "x",
+    ],
+)
 def test_text_renamed(text, tmp_path):
     path = tmp_path / "words.mp4"
     path.write_text(text)
