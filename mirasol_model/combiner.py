@@ -19,8 +19,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mirasol_kernels import SnippetLayout, block_causal_attention, token_learner
-from mirasol_kernels.latent_recurrence import TokenTuringParameters, token_turing_recurrence
+from mirasol_kernels import (
+    SnippetLayout,
+    TokenTuringParameters,
+    block_causal_attention,
+    token_learner,
+    token_turing_recurrence,
+)
 from mirasol_model.config import CombinerConfig
 from mirasol_model.layers import Attend, Block, init_weights, merge_heads, rotary, rotate, split_heads
 from mirasol_model.packing import Counts, join, last_tokens, look_back, merge_sources, row_order, to_index
@@ -114,7 +119,7 @@ class _AllSnippets:
         if not pieces:
             return own
         rows = len(own)  # 1 where packed; a piece may have been packed and look dense now
-        every = [piece.reshape(rows, -1, *piece.shape[2:]) for piece in (*pieces, own.transpose(1, 2))]
+        every = [p.reshape(rows, -1, *p.shape[2:]).to(own.dtype) for p in (*pieces, own.transpose(1, 2))]
         return (torch.cat(every, dim=1) if self.dense else join(every, self.order)).transpose(1, 2)
 
 

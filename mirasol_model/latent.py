@@ -70,8 +70,9 @@ class LatentModel(nn.Module):
         for block, cache in zip(self.blocks, caches, strict=True):
 
             def attend(q: Tensor, k: Tensor, v: Tensor, cache: SnippetCache = cache) -> Tensor:
-                cache.append(rotate(k, angles), v)
-                return cache.attend(rotate(q, angles))
+                kind = cache.k.dtype  # autocast may come and go between snippets
+                cache.append(rotate(k, angles).to(kind), v.to(kind))
+                return cache.attend(rotate(q, angles).to(kind))
 
             y = block(y, attend)
         return self.norm(y)

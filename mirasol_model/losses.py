@@ -21,6 +21,11 @@ from mirasol_model.layers import Block, init_weights
 from mirasol_model.packing import to_index
 
 
+def widen(x: Tensor) -> Tensor:
+    """Losses are taken in float32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def text_loss(logits: Tensor, labels: Tensor) -> Tensor | None:
     """Cross-entropy of labels[:, 1:] under logits[:, :-1]; -100 is not counted; None where nothing is to be predicted.
 
@@ -30,7 +35,7 @@ def text_loss(logits: Tensor, labels: Tensor) -> Tensor | None:
     counted = labels != -100
     if not counted.any():
         return None
-    return F.cross_entropy(logits.float() if logits.dtype != torch.float64 else logits, labels, ignore_index=-100)
+    return F.cross_entropy(widen(logits), labels, ignore_index=-100)
 
 
 class LatentLoss(nn.Module):
@@ -42,7 +47,7 @@ class LatentLoss(nn.Module):
 
     def forward(self, h: Tensor, x: Tensor) -> Tensor:
         """h of snippets t, x of snippets t+1, (R, m, d) each."""
-        return (1 - F.cosine_similarity(self.predict(h), x.detach(), dim=-1)).mean()
+        return (1 - F.cosine_similarity(widen(self.predict(h)), widen(x.detach()), dim=-1)).mean()
 
 
 class Reconstruction(nn.Module):
@@ -93,7 +98,7 @@ class Reconstruction(nn.Module):
 
     def forward(self, h: Tensor, snippets: Tensor) -> Tensor:
         """h_t (R, m, d), snippets t+1 (R, channels, *space) -> (R, P): 1 - cosine, or the mean squared difference."""
-        guess, target = self.predict(h), self.target(snippets).to(h.dtype)
+        guess, target = widen(self.predict(h)), widen(self.target(snippets))
         if self.distance == "cosine":
             return 1 - F.cosine_similarity(guess, target, dim=-1)
         return (guess - target).square().mean(-1)
