@@ -128,6 +128,7 @@ class Mirasol(nn.Module, PyTorchModelHubMixin, library_name="mirasol-kernels", l
         """Everything the text decoder needs of the clips, for any number of `answer`s. Arguments as in `forward`."""
         return self._encode(self._read("encode", video, audio, frames, has_audio))
 
+    @torch.no_grad()
     def answer(self, encoded: Encoded, prompt: Tensor, max_new_tokens: int = 32, **sampling: Any) -> Tensor:
         """prompt (Q, L) -> the tokens that follow it, (Q, <= max_new_tokens). One clip serves any number of prompts,
         otherwise there is one for each. Sampling, padding and errors as in `mirasol_model.generate.generate`."""
