@@ -10,24 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-
-def _rms(x: Tensor) -> float:
-    return x.square().mean().sqrt().item() if x.numel() else 0.0
-
-
-def _peak(x: Tensor) -> float:
-    return x.abs().max().item() if x.numel() else 0.0
-
-
-def budget(low: Tensor, exact: Tensor, dtype: torch.dtype) -> tuple[float, float]:
-    """The largest and the root-mean-square error that a kernel of `dtype` may have.
-
-    Twice the error of the reference run in that dtype (`low`), plus four ulps of the largest value: the first
-    term is what the arithmetic cannot avoid, the second keeps a lucky reference from forbidding one rounding.
-    """
-    error = low.double() - exact
-    ulps = 4 * torch.finfo(dtype).eps * _peak(exact)
-    return 2 * _peak(error) + ulps, 2 * _rms(error) + ulps
+from mirasol_kernels._check import budget, peak, rms
 
 
 def assert_within_budget(actual: Tensor, low: Tensor, exact: Tensor, *, what: str = "result") -> None:
@@ -45,8 +28,8 @@ def assert_within_budget(actual: Tensor, low: Tensor, exact: Tensor, *, what: st
     assert torch.isfinite(kept).all(), f"{what}: {(~torch.isfinite(kept)).sum()} of {kept.numel()} are not finite"
     most, mean = budget(low, exact, actual.dtype)
     error = kept - exact
-    assert _peak(error) <= most, f"{what}: largest error {_peak(error):.3e}, budget {most:.3e}"
-    assert _rms(error) <= mean, f"{what}: rms error {_rms(error):.3e}, budget {mean:.3e}"
+    assert peak(error) <= most, f"{what}: largest error {peak(error):.3e}, budget {most:.3e}"
+    assert rms(error) <= mean, f"{what}: rms error {rms(error):.3e}, budget {mean:.3e}"
 
 
 def assert_close_fp64(actual: Tensor, expected: Tensor, *, what: str = "result") -> None:
@@ -57,7 +40,7 @@ def assert_close_fp64(actual: Tensor, expected: Tensor, *, what: str = "result")
     assert torch.equal(actual[infinite], expected[infinite]), f"{what}: infinities differ"
     actual, expected = actual[~infinite], expected[~infinite]
     assert torch.isfinite(actual).all(), f"{what}: not finite"
-    error, bound = _peak(actual - expected), 1e-12 * max(1.0, _peak(expected))
+    error, bound = peak(actual - expected), 1e-12 * max(1.0, peak(expected))
     assert error <= bound, f"{what}: error {error:.3e}, bound {bound:.3e}"
 
 
@@ -79,5 +62,5 @@ def assert_golden(actual: Tensor, expected: np.ndarray, *, tol: float = GOLDEN_O
     """max|actual - expected| / max(1, max|expected|) <= tol."""
     want = torch.from_numpy(np.asarray(expected, dtype=np.float64))
     assert tuple(actual.shape) == tuple(want.shape), f"{what}: {tuple(actual.shape)} against {tuple(want.shape)}"
-    error = _peak(actual.detach().double().cpu() - want) / max(1.0, _peak(want))
+    error = peak(actual.detach().double().cpu() - want) / max(1.0, peak(want))
     assert error <= tol, f"{what}: error {error:.3e}, tolerance of the golden data {tol:.0e}"
