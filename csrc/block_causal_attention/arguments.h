@@ -93,4 +93,36 @@ Transposed transposed_of(const Ranges& seen, const Tensor& k_offsets, const Tens
   return {segments, q_ranges.size(1), offsets, index, ranges};
 }
 
+template <class Tensor>
+Forward forward_of(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& q_offsets, const Tensor& k_ranges,
+                   double scale) {
+  Forward f{};
+  f.shape = shape_of(q, k, v, scale);
+  f.seen = ranges_of(f.shape, q_offsets, k_ranges);
+  f.q = input("q", q, {-1, -1, -1, -1}), f.k = input("k", k, {-1, -1, -1, -1}), f.v = input("v", v, {-1, -1, -1, -1});
+  return f;
+}
+
+template <class Tensor>
+Backward backward_of(const Tensor& dout, const Tensor& dlse, const Tensor& q, const Tensor& k, const Tensor& v,
+                     const Tensor& out, const Tensor& lse, const Tensor& q_offsets, const Tensor& k_ranges,
+                     const Tensor& k_offsets, const Tensor& q_index, const Tensor& q_ranges, double scale) {
+  const Forward f = forward_of(q, k, v, q_offsets, k_ranges, scale);
+  const Shape& s = f.shape;
+  Backward g{};
+  g.shape = s, g.seen = f.seen, g.q = f.q, g.k = f.k, g.v = f.v;
+  g.seen_by = transposed_of(g.seen, k_offsets, q_index, q_ranges);
+  g.dout = input("dout", dout, {s.batch, s.q_heads, s.q_len, s.value_dim});
+  g.out = input("out", out, {s.batch, s.q_heads, s.q_len, s.value_dim});
+  g.lse = input("lse", lse, {s.batch, s.q_heads, s.q_len});
+  g.dlse = input("dlse", dlse, {s.batch, s.q_heads, s.q_len});
+  return g;
+}
+
+// A view of (B, N, H, D) gets a result of the same kind, so that joining the heads afterwards is free.
+template <class Tensor>
+bool rows_before_heads(const Tensor& q) {
+  return q.stride(1) < q.stride(2);
+}
+
 }  // namespace mirasol::attention

@@ -18,7 +18,7 @@ struct Chunk {
 
 struct Buffers {
   float *q_t, *dout_t, *dq_t;  // (dim, TILE), (value_dim, TILE), (dim, TILE)
-  float *q, *dout;             // (TILE, padded dim): rows as vectors; q and q_t are scaled
+  float *q, *dout;             // (TILE, padded dim): rows as vectors
   float *p, *ds;               // (BACKWARD_KEYS, TILE)
   float *dk, *dv;              // (CHUNK, padded dim)
 };
@@ -40,24 +40,25 @@ static Buffers buffers(const Shape& shape, float* at, int64_t* size) {
   return b;
 }
 
-// to (rows, padded dim) = factor * from, with zeros in the padding.
-static void pack_rows(const float* from, int64_t stride, int rows, int64_t dim, float factor, float* to) {
+// to (rows, padded dim) = from, with zeros in the padding.
+static void pack_rows(const float* from, int64_t stride, int rows, int64_t dim, float* to) {
   for (int r = 0; r < rows; ++r)
     for (int64_t d = 0; d < dim; d += WIDTH)
-      store(to + r * padded(dim) + d, load_part(from + r * stride + d, least(WIDTH, dim - d)) * factor);
+      store(to + r * padded(dim) + d, load_part(from + r * stride + d, least(WIDTH, dim - d)));
 }
 
 struct Rows {  // of a tile
   alignas(64) float lse[TILE], lse_low[TILE], delta[TILE];
 };
 
-// P = exp(S - lse) and dS = P (dP - delta) in place of S and dP.
-static void softmax_backward(const Piece& piece, const Span& s, const Rows& rows, float* p, float* ds) {
+// P = exp(scale S - lse) and dS = P (dP - delta) in place of S and dP.
+static void softmax_backward(const Piece& piece, const Span& s, const Rows& rows, float factor, float* p, float* ds) {
+  const Vec scale = broadcast(factor);
   for (int v = 0; v < s.count; ++v) {
     const int64_t lane = (s.first + v) * WIDTH;
     const Vec lse = load(rows.lse + lane), lse_low = load(rows.lse_low + lane), delta = load(rows.delta + lane);
     for (int64_t i = lane; i < piece.keys * TILE; i += TILE) {
-      Vec x = exp(load(p + i) - lse - lse_low);
+      Vec x = exp(fma(load(p + i), scale, -lse) - lse_low);
       if (s.masked) x = keep(s.mask[v], x);
       Vec dx = x * (load(ds + i) - delta);
       if (s.masked) dx = keep(s.mask[v], dx);
@@ -106,10 +107,10 @@ static void backward_tile(const Backward& g, const Chunk& chunk, const Tile& t, 
   if (!next(sweep, BACKWARD_KEYS, piece)) return;
 
   const float *q = at(g.q, t.batch, t.head, t.row), *dout = at(g.dout, t.batch, t.head, t.row);
-  pack_transposed(q, g.q.row, t.rows, shape.dim, shape.scale, b.q_t);
-  pack_transposed(dout, g.dout.row, t.rows, shape.value_dim, 1, b.dout_t);
-  pack_rows(q, g.q.row, t.rows, shape.dim, shape.scale, b.q);
-  pack_rows(dout, g.dout.row, t.rows, shape.value_dim, 1, b.dout);
+  pack_transposed(q, g.q.row, t.rows, shape.dim, b.q_t);
+  pack_transposed(dout, g.dout.row, t.rows, shape.value_dim, b.dout_t);
+  pack_rows(q, g.q.row, t.rows, shape.dim, b.q);
+  pack_rows(dout, g.dout.row, t.rows, shape.value_dim, b.dout);
   zero(b.dq_t, shape.dim * TILE);
   Rows rows = {};
   const int64_t first = (t.batch * shape.q_heads + t.head) * shape.q_len + t.row;
@@ -124,7 +125,7 @@ static void backward_tile(const Backward& g, const Chunk& chunk, const Tile& t, 
     const int64_t key = piece.key - chunk.key;
     scores(piece, s, b.q_t, shape.dim, k, g.k.row, b.p);
     scores(piece, s, b.dout_t, shape.value_dim, v, g.v.row, b.ds);
-    softmax_backward(piece, s, rows, b.p, b.ds);
+    softmax_backward(piece, s, rows, shape.scale, b.p, b.ds);
     gather(piece, s, b.ds, k, g.k.row, shape.dim, b.dq_t);
     scatter(piece, b.p, b.dout, shape.value_dim, b.dv + key * padded(shape.value_dim));
     scatter(piece, b.ds, b.q, shape.dim, b.dk + key * padded(shape.dim));
@@ -164,33 +165,38 @@ static void backward_chunk(const Backward& g, const Chunk& chunk, const Buffers&
       backward_tile(g, chunk, {chunk.batch, head, chunk.kv_head, row, least(TILE, shape.q_len - row)}, b);
   for (int64_t i = 0; i < keys; ++i) {
     float *dk = at(g.dk, chunk.batch, chunk.kv_head, chunk.key + i), *dv = at(g.dv, chunk.batch, chunk.kv_head, chunk.key + i);
-    for (int64_t d = 0; d < shape.dim; d += WIDTH) store_part(dk + d, load(b.dk + i * dim + d), least(WIDTH, shape.dim - d));
+    for (int64_t d = 0; d < shape.dim; d += WIDTH) store_part(dk + d, load(b.dk + i * dim + d) * shape.scale, least(WIDTH, shape.dim - d));
     for (int64_t d = 0; d < shape.value_dim; d += WIDTH)
       store_part(dv + d, load(b.dv + i * value_dim + d), least(WIDTH, shape.value_dim - d));
   }
 }
 
-// sum of exp(S - lse) over the keys that a row sees, for the rows of a tile.
-static void mass(const Backward& g, const Tile& t, const float* lse, float* q_t, float* s, float* total) {
-  pack_transposed(at(g.q, t.batch, t.head, t.row), g.q.row, t.rows, g.shape.dim, g.shape.scale, q_t);
-  Pieces sweep = pieces(g.seen, t.batch, t.row, t.rows, 0, g.shape.k_len);
+// total = sum of exp(scale S - lse) over the keys that a row sees, for the rows of a tile.
+static void sum_weights(const Backward& g, const Tile& t, const float* lse, float* q_t, float* s, float* total) {
+  const Shape& shape = g.shape;
+  pack_transposed(at(g.q, t.batch, t.head, t.row), g.q.row, t.rows, shape.dim, q_t);
+  Pieces sweep = pieces(g.seen, t.batch, t.row, t.rows, 0, shape.k_len);
   zero(total, TILE);
   for (Piece piece; next(sweep, BACKWARD_KEYS, piece);) {
-    const Span span_ = span(piece, t.rows);
-    scores(piece, span_, q_t, g.shape.dim, at(g.k, t.batch, t.kv_head, piece.key), g.k.row, s);
-    for (int v = 0; v < span_.count; ++v) {
-      const int lane = (span_.first + v) * WIDTH;
+    const Span of = span(piece, t.rows);
+    scores(piece, of, q_t, shape.dim, at(g.k, t.batch, t.kv_head, piece.key), g.k.row, s);
+    for (int v = 0; v < of.count; ++v) {
+      const int lane = (of.first + v) * WIDTH;
+      const Vec scale = broadcast(shape.scale), shift = -load(lse + lane);
       Vec part{};
-      for (int key = 0; key < piece.keys; ++key) part += keep(span_.mask[v], exp(load(s + key * TILE + lane) - load(lse + lane)));
+      for (int key = 0; key < piece.keys; ++key)
+        part += keep(of.mask[v], exp(fma(load(s + key * TILE + lane), scale, shift)));
       store(total + lane, load(total + lane) + part);
     }
   }
 }
 
-// delta = sum(dout * out) - dlse, and what the rounding of lse has left out.
-// Half an ulp of a large lse is much more than one of P = exp(S - lse): 5e-4 at 1e4.  The sum of P, which should be 1, tells
-// it.  Up to 16 it is within 4 ulps of P and not worth the product.  (An lse that stems from more keys than these is not the
-// rounded sum of them, and is taken as it is.)
+// Half an ulp of a large lse is much more than one of P = exp(S - lse): 5e-4 at 1e4.  The sum of P, which should be 1,
+// tells what the rounding has left out.  Up to 16 that is within 4 ulps of P and not worth the product.
+static inline bool needs_low(float lse) { return __builtin_fabsf(lse) > 16 && __builtin_fabsf(lse) < __builtin_inff(); }
+
+// delta = sum(dout * out) - dlse, and lse_low.  Each row by itself: whether it gets an lse_low is no matter of its tile.  (An
+// lse that stems from more keys than these is not the rounded sum of them, and is taken as it is.)
 static void backward_rows(const Backward& g, const Tile& t, float* workspace) {
   const Shape& shape = g.shape;
   const int64_t first = (t.batch * shape.q_heads + t.head) * shape.q_len + t.row;
@@ -206,13 +212,13 @@ static void backward_rows(const Backward& g, const Tile& t, float* workspace) {
     lse[r] = *at(g.lse, t.batch, t.head, t.row + r);
     g.delta[first + r] = sum(product) - *at(g.dlse, t.batch, t.head, t.row + r);
     g.lse_low[first + r] = 0;
-    large |= __builtin_fabsf(lse[r]) > 16 && lse[r] > -__builtin_inff();
+    large |= needs_low(lse[r]);
   }
   if (!large) return;
-  mass(g, t, lse, workspace, workspace + shape.dim * TILE, total);
+  sum_weights(g, t, lse, workspace, workspace + shape.dim * TILE, total);
   for (int r = 0; r < t.rows; ++r) {
     const float low = __builtin_logf(total[r]);
-    if (__builtin_fabsf(low) <= __FLT_EPSILON__ * __builtin_fabsf(lse[r])) g.lse_low[first + r] = low;
+    if (needs_low(lse[r]) && __builtin_fabsf(low) <= __FLT_EPSILON__ * __builtin_fabsf(lse[r])) g.lse_low[first + r] = low;
   }
 }
 

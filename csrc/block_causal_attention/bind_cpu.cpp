@@ -8,7 +8,7 @@
 #include <tuple>
 #include "block_causal_attention/arguments.h"
 
-using torch::stable::Tensor;
+using namespace torch::stable;
 using namespace mirasol::attention;
 
 namespace {
@@ -16,7 +16,8 @@ namespace {
 constexpr std::align_val_t ALIGNMENT{64};
 constexpr double LEAST_WORK = 1 << 19;  // multiply-adds for which waking another thread pays
 
-// Threads draw items, `each(workspace, begin, end)`, from a counter: in ascending order, none waits while there are more.
+// Threads draw items, `each(workspace, begin, end)`, from a counter: begun in ascending order, and none idles while there
+// are more.
 template <class Each>
 void run(int64_t items, int64_t workspace, double work, const Each& each) {
   const auto threads = std::min<int64_t>(torch::stable::get_num_threads(), int64_t(work / LEAST_WORK) + 1);
@@ -26,7 +27,7 @@ void run(int64_t items, int64_t workspace, double work, const Each& each) {
     const auto release = [](float* p) { ::operator delete(p, ALIGNMENT); };
     std::unique_ptr<float, decltype(release)> space(
         static_cast<float*>(::operator new(workspace * sizeof(float), ALIGNMENT)), release);
-    for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < items;) each(space.get(), item, item + 1);
+    for (int64_t item; (item = next++) < items;) each(space.get(), item, item + 1);
   });
 }
 
@@ -34,52 +35,38 @@ double multiply_adds(const Shape& s) {  // at most: as if every row saw every ke
   return double(s.batch * s.q_heads) * s.q_len * s.k_len * (s.dim + s.value_dim);
 }
 
-Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes) {
-  return torch::stable::new_empty(like, {sizes.begin(), sizes.size()});
-}
-
 std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& q_offsets,
                                    const Tensor& k_ranges, double scale) {
-  Forward f;
-  const Shape& s = f.shape = shape_of(q, k, v, scale);
-  f.seen = ranges_of(s, q_offsets, k_ranges);
-  f.q = input("q", q, {-1, -1, -1, -1}), f.k = input("k", k, {-1, -1, -1, -1}), f.v = input("v", v, {-1, -1, -1, -1});
-  // A view of (B, N, H, D) gets a result of the same kind, so that joining the heads afterwards is free.
-  Tensor out = q.stride(1) < q.stride(2)
-                   ? torch::stable::transpose(empty(q, {s.batch, s.q_len, s.q_heads, s.value_dim}), 1, 2)
-                   : empty(q, {s.batch, s.q_heads, s.q_len, s.value_dim});
-  Tensor lse = empty(q, {s.batch, s.q_heads, s.q_len});
+  Forward f = forward_of(q, k, v, q_offsets, k_ranges, scale);
+  const Shape& s = f.shape;
+  Tensor out = rows_before_heads(q) ? transpose(new_empty(q, {s.batch, s.q_len, s.q_heads, s.value_dim}), 1, 2)
+                                    : new_empty(q, {s.batch, s.q_heads, s.q_len, s.value_dim});
+  Tensor lse = new_empty(q, {s.batch, s.q_heads, s.q_len});
   f.out = output(out), f.lse = output(lse).data;
   run(MIRASOL_CALL(attention_tiles, s), MIRASOL_CALL(attention_workspace, s), multiply_adds(s),
       [&](float* space, int64_t begin, int64_t end) { MIRASOL_CALL(attention_forward, f, space, begin, end); });
   return {out, lse};
 }
 
-// Strides as those of x where they can be written to, i.e. all but an overlapping last dimension.
+// With the strides of x, unless the last one would not be 1.
 Tensor gradient_of(const Tensor& x) {
-  Tensor g = torch::stable::empty_like(x);
-  return g.size(3) <= 1 || g.stride(3) == 1 ? g : empty(x, {x.size(0), x.size(1), x.size(2), x.size(3)});
+  Tensor g = empty_like(x);
+  return g.size(3) <= 1 || g.stride(3) == 1 ? g : new_empty(x, x.sizes());
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dout, const Tensor& dlse, const Tensor& q, const Tensor& k,
                                             const Tensor& v, const Tensor& out, const Tensor& lse,
                                             const Tensor& q_offsets, const Tensor& k_ranges, const Tensor& k_offsets,
                                             const Tensor& q_index, const Tensor& q_ranges, double scale) {
-  Backward g;
-  const Shape& s = g.shape = shape_of(q, k, v, scale);
-  g.seen = ranges_of(s, q_offsets, k_ranges);
-  g.seen_by = transposed_of(g.seen, k_offsets, q_index, q_ranges);
-  g.q = input("q", q, {-1, -1, -1, -1}), g.k = input("k", k, {-1, -1, -1, -1}), g.v = input("v", v, {-1, -1, -1, -1});
-  g.dout = input("dout", dout, {s.batch, s.q_heads, s.q_len, s.value_dim});
-  g.out = input("out", out, {s.batch, s.q_heads, s.q_len, s.value_dim});
-  g.lse = input("lse", lse, {s.batch, s.q_heads, s.q_len});
-  g.dlse = input("dlse", dlse, {s.batch, s.q_heads, s.q_len});
+  Backward g = backward_of(dout, dlse, q, k, v, out, lse, q_offsets, k_ranges, k_offsets, q_index, q_ranges, scale);
+  const Shape& s = g.shape;
   Tensor dq = gradient_of(q), dk = gradient_of(k), dv = gradient_of(v);
-  torch::stable::zero_(dq);
   g.dq = output(dq), g.dk = output(dk), g.dv = output(dv);
+  zero_(dq);
+  const int64_t rows = s.batch * s.q_heads * s.q_len;
   const auto turns = std::make_unique<int32_t[]>(s.batch * s.q_heads * tiles(s.q_len));
-  const auto of_rows = std::make_unique<float[]>(2 * s.batch * s.q_heads * s.q_len);
-  g.turns = turns.get(), g.delta = of_rows.get(), g.lse_low = of_rows.get() + s.batch * s.q_heads * s.q_len;
+  const auto of_rows = std::make_unique<float[]>(2 * rows);
+  g.turns = turns.get(), g.delta = of_rows.get(), g.lse_low = of_rows.get() + rows;
   run(MIRASOL_CALL(attention_tiles, s), MIRASOL_CALL(attention_workspace, s), multiply_adds(s),
       [&](float* space, int64_t begin, int64_t end) { MIRASOL_CALL(attention_backward_rows, g, space, begin, end); });
   run(MIRASOL_CALL(attention_backward_items, s), MIRASOL_CALL(attention_backward_workspace, s), multiply_adds(s),

@@ -19,44 +19,47 @@ struct Placed {  // a piece of the current step and where its scores stand
   int slot;
 };
 
-// Scores of one vector of rows become exp(score - top), with top, total and `out` (value_dim, TILE) brought up to date.
-static void softmax_step(float* scores, const Placed* placed, int count, int v, Running& run, float* out, int64_t dim) {
-  Vec old = load(run.top + v * WIDTH), top = old;
+// Scores of one vector of rows become exp(scale * score - top); top, total and `out` (value_dim, TILE) are brought up to date.
+static void softmax_step(const Shape& shape, float* scores, const Placed* placed, int count, int v, Running& run, float* out) {
+  const Vec scale = broadcast(shape.scale), hidden = broadcast(-__builtin_inff()), old = load(run.top + v * WIDTH);
+  Vec top = old;
   bool touched = false;
   for (const Placed* x = placed; x < placed + count; ++x) {
     const int i = v - x->span.first;
     if (i < 0 || i >= x->span.count) continue;
     touched = true;
-    float* s = scores + x->slot * TILE + v * WIDTH;
-    if (x->span.masked)
-      for (int key = 0; key < x->piece.keys; ++key)
-        store(s + key * TILE, select(x->span.mask[i], load(s + key * TILE), broadcast(-__builtin_inff())));
-    for (int key = 0; key < x->piece.keys; ++key) top = max(load(s + key * TILE), top);  // passes over NaN
+    const float* s = scores + x->slot * TILE + v * WIDTH;
+    for (int key = 0; key < x->piece.keys; ++key) {
+      const Vec score = load(s + key * TILE) * scale;
+      top = max(x->span.masked ? select(x->span.mask[i], score, hidden) : score, top);  // passes over NaN
+    }
   }
   if (!touched) return;
-  const Vec base = select(top == -__builtin_inff(), Vec{}, top);  // a row that has seen nothing yet: exp(-inf) is 0
+  const Vec base = select(top == hidden, Vec{}, top);  // a row that has seen nothing yet: exp(-inf) is 0
   const Vec shrink = exp(old - base);
   Vec total{};
   for (const Placed* x = placed; x < placed + count; ++x) {
-    if (v < x->span.first || v >= x->span.first + x->span.count) continue;
+    const int i = v - x->span.first;
+    if (i < 0 || i >= x->span.count) continue;
     float* s = scores + x->slot * TILE + v * WIDTH;
     for (int key = 0; key < x->piece.keys; ++key) {
-      const Vec p = exp(load(s + key * TILE) - base);
+      Vec p = exp(fma(load(s + key * TILE), scale, -base));
+      if (x->span.masked) p = keep(x->span.mask[i], p);
       store(s + key * TILE, p);
       total += p;
     }
   }
   store(run.total + v * WIDTH, fma(load(run.total + v * WIDTH), shrink, total));
   store(run.top + v * WIDTH, top);
-  for (float* o = out + v * WIDTH; o < out + dim * TILE; o += TILE) store(o, load(o) * shrink);
+  for (float* o = out + v * WIDTH; o < out + shape.value_dim * TILE; o += TILE) store(o, load(o) * shrink);
 }
 
 static void forward_tile(const Forward& f, const Tile& t, float* workspace) {
   const Shape& shape = f.shape;
-  float* q = workspace;                     // (dim, TILE), scaled
+  float* q = workspace;                     // (dim, TILE)
   float* out = q + shape.dim * TILE;        // (value_dim, TILE)
   float* s = out + shape.value_dim * TILE;  // (FORWARD_KEYS, TILE)
-  pack_transposed(at(f.q, t.batch, t.head, t.row), f.q.row, t.rows, shape.dim, shape.scale, q);
+  pack_transposed(at(f.q, t.batch, t.head, t.row), f.q.row, t.rows, shape.dim, q);
   zero(out, shape.value_dim * TILE);
   Running run;
   for (int i = 0; i < TILE; ++i) run.top[i] = -__builtin_inff(), run.total[i] = 0;
@@ -72,7 +75,7 @@ static void forward_tile(const Forward& f, const Tile& t, float* workspace) {
       scores(piece, x.span, q, shape.dim, at(f.k, t.batch, t.kv_head, piece.key), f.k.row, s + slot * TILE);
       slot += piece.keys;
     }
-    for (int v = 0; v * WIDTH < t.rows; ++v) softmax_step(s, placed, count, v, run, out, shape.value_dim);
+    for (int v = 0; v * WIDTH < t.rows; ++v) softmax_step(shape, s, placed, count, v, run, out);
     for (const Placed* x = placed; x < placed + count; ++x)
       gather(x->piece, x->span, s + x->slot * TILE, at(f.v, t.batch, t.kv_head, x->piece.key), f.v.row, shape.value_dim, out);
   }

@@ -51,13 +51,13 @@ static Span span(const Piece& piece, int tile_rows) {
   return s;
 }
 
-// to[d * TILE + r] = factor * from[r * stride + d], and 0 up to the next whole vector of rows.
-static void pack_transposed(const float* from, int64_t stride, int rows, int64_t dim, float factor, float* to) {
+// to[d * TILE + r] = from[r * stride + d], and 0 up to the next whole vector of rows.
+static void pack_transposed(const float* from, int64_t stride, int rows, int64_t dim, float* to) {
   for (int r = 0; r < rows; r += WIDTH)
     for (int64_t d = 0; d < dim; d += WIDTH) {
       const int n = least(WIDTH, dim - d);
       Vec x[WIDTH] = {};
-      for (int i = 0; i < least(WIDTH, rows - r); ++i) x[i] = load_part(from + (r + i) * stride + d, n) * factor;
+      for (int i = 0; i < least(WIDTH, rows - r); ++i) x[i] = load_part(from + (r + i) * stride + d, n);
       transpose(x);
       for (int j = 0; j < n; ++j) store(to + (d + j) * TILE + r, x[j]);
     }
@@ -76,7 +76,8 @@ static inline void unpack_transposed(const float* from, int rows, int64_t dim, c
     }
 }
 
-// scores(keys, lanes) = K Q^T for the vectors of a span: `tile` is a transposed pack of `dim` rows.
+// to(keys, lanes) = K Q^T for the vectors of a span, with `tile` the packed Q^T.  Not scaled yet: the scale joins in one rounding
+// with the subtraction that every use makes, and Q is not rounded before the product.
 static inline void scores(const Piece& piece, const Span& s, const float* tile, int64_t dim, const float* keys,
                           int64_t key_stride, float* to) {
   gemm({.vectors = s.count, .n = piece.keys, .k = int(dim), .a = tile + s.first * WIDTH, .a_k = TILE,

@@ -26,6 +26,7 @@ constexpr int WIDTH = 4;
 #endif
 typedef float Vec __attribute__((vector_size(4 * WIDTH)));
 typedef int32_t Bits __attribute__((vector_size(4 * WIDTH)));  // also a mask: -1 in a lane that is on, 0 in one that is off
+typedef uint32_t Words __attribute__((vector_size(4 * WIDTH)));
 typedef float Unaligned __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
 
 static inline Vec load(const float* p) { return *reinterpret_cast<const Unaligned*>(p); }
@@ -93,7 +94,7 @@ static inline Vec exp(Vec x) {
   p = fma(p, r, broadcast(0.166665211f));
   p = fma(p, r, broadcast(0.499999940f));
   p = fma(p, r * r, r) + 1.0f;
-  const Bits power = ((Bits)shifted << 23) + 0x3f800000;
+  const Words power = ((Words)shifted << 23) + 0x3f800000u;
   return select(x < -87.336544f, Vec{}, p * (Vec)power);
 }
 

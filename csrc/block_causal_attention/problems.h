@@ -1,0 +1,251 @@
+#pragma once
+// Problems for test.cpp, and what is right for them: attention by its definition, in any arithmetic.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <random>
+#include <string>
+#include <utility>
+#include <vector>
+#include "block_causal_attention/kernel.h"
+
+namespace mirasol::attention {
+
+using std::vector;
+
+constexpr float NaN = std::numeric_limits<float>::quiet_NaN();
+inline std::mt19937 generator(2026);
+inline int64_t draw(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(generator); }
+
+struct Tensor {  // (batch, heads, rows, dim), with NaN around it
+  int64_t sizes[4], strides[4];
+  vector<float> memory;
+
+  enum Kind { plain, rows_first, padded };
+  Tensor(int64_t b, int64_t h, int64_t n, int64_t d, Kind kind, float spread = 0) : sizes{b, h, n, d} {
+    const int64_t row = d + (kind == padded ? 3 : 0);
+    if (kind == rows_first) strides[0] = n * h * row, strides[1] = row, strides[2] = h * row;
+    else strides[0] = h * (n + 1) * row, strides[1] = (n + 1) * row, strides[2] = row;
+    strides[3] = 1;
+    memory.assign(b * h * (n + 1) * row, NaN);  // one row more for each head, which nobody may read
+    std::normal_distribution<float> normal(0, spread);
+    if (spread > 0) each([&](float& x) { x = normal(generator); });
+  }
+  float& operator()(int64_t b, int64_t h, int64_t n, int64_t d) {
+    return memory[b * strides[0] + h * strides[1] + n * strides[2] + d];
+  }
+  template <class F>
+  void each(F f) {
+    for (int64_t b = 0; b < sizes[0]; ++b)
+      for (int64_t h = 0; h < sizes[1]; ++h)
+        for (int64_t n = 0; n < sizes[2]; ++n)
+          for (int64_t d = 0; d < sizes[3]; ++d) f((*this)(b, h, n, d));
+  }
+  vector<double> values() {
+    vector<double> all;
+    each([&](float x) { all.push_back(x); });
+    return all;
+  }
+  template <class T>
+  View<T> view() { return {memory.data(), strides[0], strides[1], strides[2]}; }
+};
+
+using Range = std::pair<int32_t, int32_t>;
+using Sees = vector<vector<Range>>;  // [row] -> ranges of keys
+
+inline bool holds(const vector<Range>& ranges, int64_t key) {
+  return std::any_of(ranges.begin(), ranges.end(), [&](Range r) { return r.first <= key && key < r.second; });
+}
+
+struct Tables {
+  int64_t batch, groups, ranges, segments, entries;
+  vector<int32_t> q_offsets, k_ranges, k_offsets, q_index, q_ranges;
+  Ranges seen() const { return {batch, groups, ranges, q_offsets.data(), k_ranges.data()}; }
+  Transposed seen_by() const { return {segments, entries, k_offsets.data(), q_index.data(), q_ranges.data()}; }
+};
+
+// Every row its own group and every key its own segment, except where neighbours agree; padded to equal lengths.
+inline Tables tables_of(const vector<Sees>& batch, int32_t q_len, int32_t k_len) {
+  Tables t{int64_t(batch.size()), q_len + 1, 4, k_len + 1, 0, {}, {}, {}, {}, {}};
+  vector<vector<int32_t>> entries;
+  for (const Sees& sees : batch) {
+    size_t end = t.q_offsets.size() + t.groups;
+    t.q_offsets.push_back(0);
+    for (int32_t row = 0; row < q_len; ++row) {
+      if (row == 0 || sees[row] != sees[row - 1]) {
+        if (row) t.q_offsets.push_back(row);
+        for (size_t r = 0; r < 4; ++r) {
+          const Range range = r < sees[row].size() ? sees[row][r] : Range{k_len, k_len};
+          t.k_ranges.insert(t.k_ranges.end(), {range.first, range.second});
+        }
+      }
+    }
+    while (t.q_offsets.size() <= end) t.q_offsets.push_back(q_len);
+    t.k_ranges.resize(t.q_offsets.size() / (t.groups + 1) * t.groups * 8, k_len);
+
+    entries.emplace_back();
+    vector<int32_t>& of = entries.back();
+    vector<int32_t> last;
+    end = t.k_offsets.size() + t.segments;
+    t.k_offsets.push_back(0), t.q_index.push_back(0);
+    for (int32_t key = 0; key < k_len; ++key) {
+      vector<int32_t> rows;
+      for (int32_t row = 0; row < q_len; ++row)
+        if (holds(sees[row], key)) {
+          if (!rows.empty() && rows.back() == row) ++rows.back();
+          else rows.insert(rows.end(), {row, row + 1});
+        }
+      if (key && rows == last) continue;
+      if (key) t.k_offsets.push_back(key), t.q_index.push_back(int32_t(of.size() / 2));
+      of.insert(of.end(), rows.begin(), rows.end());
+      last = rows;
+    }
+    while (t.k_offsets.size() <= end) t.k_offsets.push_back(k_len), t.q_index.push_back(int32_t(of.size() / 2));
+    t.entries = std::max<int64_t>(t.entries, of.size() / 2);
+  }
+  for (vector<int32_t>& of : entries) {
+    of.resize(2 * t.entries);
+    t.q_ranges.insert(t.q_ranges.end(), of.begin(), of.end());
+  }
+  return t;
+}
+
+inline Sees random_sees(int32_t q_len, int32_t k_len) {
+  Sees sees(q_len);
+  for (int32_t row = 0; row < q_len; ++row) {
+    if (row && draw(0, 15)) { sees[row] = sees[row - 1]; continue; }
+    vector<int32_t> cuts(2 * draw(0, 4));
+    for (int32_t& cut : cuts) cut = int32_t(draw(0, k_len));
+    std::sort(cuts.begin(), cuts.end());
+    if (std::adjacent_find(cuts.begin(), cuts.end()) != cuts.end()) cuts.clear();  // touching ranges would be merged
+    for (size_t i = 0; i < cuts.size(); i += 2) sees[row].push_back({cuts[i], cuts[i + 1]});
+  }
+  return sees;
+}
+
+inline Sees block_causal(int32_t q_len, int32_t k_len, int32_t q_snippet, int32_t k_snippet, int32_t window) {
+  Sees sees(q_len);
+  for (int32_t row = 0; row < q_len; ++row) {
+    const int32_t end = std::min(k_len, (row / q_snippet + 1) * k_snippet);
+    const int32_t begin = std::max(0, end - window * k_snippet);
+    if (begin < end) sees[row] = {{begin, end}};
+  }
+  return sees;
+}
+
+struct Problem {
+  std::string name;
+  Shape shape;
+  vector<Sees> sees;  // one, or one for each row of the batch
+  Tensor::Kind kind = Tensor::plain;
+  float spread = 1;
+};
+
+inline bool sees(const Problem& p, int64_t b, int64_t row, int64_t key) {
+  return holds(p.sees[b % p.sees.size()][row], key);
+}
+
+struct Results {
+  Tensor out, lse, dq, dk, dv;
+  vector<Tensor*> all() { return {&out, &lse, &dq, &dk, &dv}; }
+};
+
+struct Inputs {
+  Tensor q, k, v, dout, dlse;
+};
+
+inline Inputs inputs_of(const Problem& p) {
+  const Shape& s = p.shape;
+  return {Tensor(s.batch, s.q_heads, s.q_len, s.dim, p.kind, p.spread),
+          Tensor(s.batch, s.kv_heads, s.k_len, s.dim, p.kind, p.spread),
+          Tensor(s.batch, s.kv_heads, s.k_len, s.value_dim, p.kind, 1),
+          Tensor(s.batch, s.q_heads, s.q_len, s.value_dim, p.kind, 1),
+          Tensor(s.batch, s.q_heads, s.q_len, 1, Tensor::plain, 1)};
+}
+
+inline Results empty_results(const Problem& p) {
+  const Shape& s = p.shape;
+  Tensor lse(s.batch, s.q_heads, s.q_len, 1, Tensor::plain);
+  lse.strides[0] = s.q_heads * s.q_len, lse.strides[1] = s.q_len;  // contiguous: the NaN row is at the very end
+  return {Tensor(s.batch, s.q_heads, s.q_len, s.value_dim, p.kind), lse,
+          Tensor(s.batch, s.q_heads, s.q_len, s.dim, p.kind), Tensor(s.batch, s.kv_heads, s.k_len, s.dim, p.kind),
+          Tensor(s.batch, s.kv_heads, s.k_len, s.value_dim, p.kind)};
+}
+
+// The definition, in the arithmetic of T, in the order of Results::all().  Scores are summed from element `first` on, and
+// then from 0.
+template <class T>
+vector<vector<T>> definition(const Problem& p, Inputs& in, int64_t first = 0) {
+  const Shape& s = p.shape;
+  vector<T> out, lse, dq, dk(s.batch * s.kv_heads * s.k_len * s.dim), dv(s.batch * s.kv_heads * s.k_len * s.value_dim);
+  for (int64_t b = 0; b < s.batch; ++b)
+    for (int64_t h = 0; h < s.q_heads; ++h)
+      for (int64_t row = 0; row < s.q_len; ++row) {
+        const int64_t kv = h / (s.q_heads / s.kv_heads);
+        vector<int64_t> keys;
+        for (Range r : p.sees[b % p.sees.size()][row])
+          for (int64_t key = r.first; key < r.second; ++key) keys.push_back(key);
+        vector<T> weight, o(s.value_dim), g(s.dim);
+        T top = -std::numeric_limits<T>::infinity(), total = 0, delta = -T(in.dlse(b, h, row, 0));
+        for (int64_t key : keys) {
+          T score = 0;
+          for (int64_t i = 0; i < s.dim; ++i) {
+            const int64_t d = (first + i) % s.dim;
+            score += T(in.q(b, h, row, d)) * T(in.k(b, kv, key, d));
+          }
+          weight.push_back(score * T(s.scale)), top = std::max(top, weight.back());
+        }
+        for (T& w : weight) total += w = std::exp(w - top);
+        for (T& w : weight) w /= total;
+        for (size_t i = 0; i < keys.size(); ++i)
+          for (int64_t d = 0; d < s.value_dim; ++d) o[d] += weight[i] * T(in.v(b, kv, keys[i], d));
+        for (int64_t d = 0; d < s.value_dim; ++d) delta += o[d] * T(in.dout(b, h, row, d));
+        for (size_t i = 0; i < keys.size(); ++i) {
+          T* const to_k = &dk[((b * s.kv_heads + kv) * s.k_len + keys[i]) * s.dim];
+          T* const to_v = &dv[((b * s.kv_heads + kv) * s.k_len + keys[i]) * s.value_dim];
+          T dp = 0;
+          for (int64_t d = 0; d < s.value_dim; ++d) {
+            dp += T(in.dout(b, h, row, d)) * T(in.v(b, kv, keys[i], d));
+            to_v[d] += weight[i] * T(in.dout(b, h, row, d));
+          }
+          for (int64_t d = 0; d < s.dim; ++d) {
+            g[d] += weight[i] * (dp - delta) * T(s.scale) * T(in.k(b, kv, keys[i], d));
+            to_k[d] += weight[i] * (dp - delta) * T(s.scale) * T(in.q(b, h, row, d));
+          }
+        }
+        out.insert(out.end(), o.begin(), o.end()), dq.insert(dq.end(), g.begin(), g.end());
+        lse.push_back(top + std::log(total));
+      }
+  return {out, lse, dq, dk, dv};
+}
+
+inline vector<Problem> problems() {
+  const auto scale = [](int64_t dim) { return 1 / std::sqrt(float(dim)); };
+  vector<Problem> all = {
+      {"block-causal", {2, 4, 2, 100, 100, 64, 64, scale(64)}, {block_causal(100, 100, 20, 20, 99)}},
+      {"window", {1, 2, 1, 240, 240, 80, 80, scale(80)}, {block_causal(240, 240, 24, 24, 2)}, Tensor::rows_first},
+      {"diagonal", {1, 2, 2, 192, 192, 32, 32, scale(32)}, {block_causal(192, 192, 32, 32, 1)}},
+      {"few queries", {2, 3, 1, 12, 390, 24, 40, scale(24)}, {block_causal(12, 390, 4, 130, 99)}, Tensor::padded},
+      {"many keys", {1, 2, 1, 150, 1300, 16, 16, scale(16)}, {block_causal(150, 1300, 15, 130, 99)}, Tensor::padded},
+      {"causal text", {1, 2, 1, 130, 130, 48, 48, scale(48)}, {block_causal(130, 130, 1, 1, 999)}},
+      {"largest dims", {1, 1, 1, 70, 70, 256, 256, scale(256)}, {block_causal(70, 70, 7, 7, 99)}},
+      {"large logits", {1, 2, 1, 90, 90, 64, 64, scale(64)}, {block_causal(90, 90, 9, 9, 99)}, Tensor::plain, 60},
+      {"negative scale", {1, 2, 1, 40, 40, 33, 17, -0.3f}, {block_causal(40, 40, 9, 9, 99)}, Tensor::padded},
+      {"no keys", {1, 2, 1, 5, 0, 8, 8, 1}, {Sees(5)}},
+      {"no queries", {1, 2, 1, 0, 70, 8, 8, 1}, {Sees(0)}},
+      {"no batch", {0, 2, 1, 3, 4, 8, 8, 1}, {block_causal(3, 4, 1, 1, 9)}},
+      {"nothing seen", {1, 2, 1, 70, 70, 8, 8, 1}, {Sees(70)}},
+      {"one", {1, 1, 1, 1, 1, 1, 1, 1}, {block_causal(1, 1, 1, 1, 1)}},
+  };
+  for (int i = 0; i < 80; ++i) {
+    const int64_t batch = draw(1, 3), kv_heads = draw(1, 2), q_heads = kv_heads * draw(1, 3);
+    const int64_t q_len = draw(1, 200), k_len = draw(1, 200), dim = draw(1, 100), value_dim = draw(1, 100);
+    Problem p{"random " + std::to_string(i), {batch, q_heads, kv_heads, q_len, k_len, dim, value_dim, scale(dim)}, {}};
+    p.kind = Tensor::Kind(draw(0, 2)), p.spread = draw(0, 3) ? 1 : 3;
+    for (int64_t b = draw(0, 1) ? 1 : batch; b > 0; --b) p.sees.push_back(random_sees(int32_t(q_len), int32_t(k_len)));
+    all.push_back(p);
+  }
+  return all;
+}
+
+}  // namespace mirasol::attention

@@ -1,0 +1,208 @@
+#pragma once
+// The CUDA kernels' bodies: what one warp does for one query row, or for one key row.  The code knows a warp only as `Lanes`
+// that share the elements of a row, so that test.cpp runs it on the host, with a single lane.
+// Exact and simple, not fast: every pair costs a product of rows.  No atomics; sums in a fixed order.
+#include <cmath>
+#include "block_causal_attention/kernel.h"
+
+#ifdef __CUDACC__
+#define MIRASOL_HOST_DEVICE __host__ __device__
+#else
+#define MIRASOL_HOST_DEVICE
+#endif
+
+namespace mirasol::cuda {
+
+using attention::Backward;
+using attention::Forward;
+using attention::Ranges;
+using attention::Shape;
+using attention::View;
+
+constexpr int MAX_DIM = 256;
+constexpr int RUN = 64;  // terms that are summed before they join the rest: rounding grows with the run, not with the row
+
+// This lane's elements of a row: number `lane`, lane + size, ...
+template <class Lanes>
+struct Row {
+  float x[MAX_DIM / Lanes::size];
+};
+
+template <class Lanes>
+MIRASOL_HOST_DEVICE Row<Lanes> load(Lanes lanes, const float* p, int64_t dim) {
+  Row<Lanes> row;
+  for (int i = 0; i < MAX_DIM / Lanes::size; ++i) {
+    const int64_t d = lanes.lane + i * Lanes::size;
+    row.x[i] = d < dim ? p[d] : 0;
+  }
+  return row;
+}
+
+template <class Lanes>
+MIRASOL_HOST_DEVICE void store(Lanes lanes, float* p, int64_t dim, const Row<Lanes>& row, float factor = 1) {
+  for (int i = 0; i < MAX_DIM / Lanes::size; ++i) {
+    const int64_t d = lanes.lane + i * Lanes::size;
+    if (d < dim) p[d] = row.x[i] * factor;
+  }
+}
+
+// a += factor * b
+template <class Lanes>
+MIRASOL_HOST_DEVICE void add(Row<Lanes>& a, float factor, const Row<Lanes>& b) {
+  for (int i = 0; i < MAX_DIM / Lanes::size; ++i) a.x[i] += factor * b.x[i];
+}
+
+// Of a row in registers with one in memory; every lane gets it.
+template <class Lanes>
+MIRASOL_HOST_DEVICE float dot(Lanes lanes, const Row<Lanes>& a, const float* b, int64_t dim) {
+  float sum = 0;
+  for (int i = 0; i < MAX_DIM / Lanes::size; ++i) {
+    const int64_t d = lanes.lane + i * Lanes::size;
+    if (d < dim) sum += a.x[i] * b[d];
+  }
+  return lanes.sum(sum);
+}
+
+template <class T>
+MIRASOL_HOST_DEVICE T* at(const View<T>& view, int64_t batch, int64_t head, int64_t row) {
+  return view.data + batch * view.batch + head * view.head + row * view.row;
+}
+
+// The last of n intervals that begins at or before x: offsets has n + 1 ascending entries, offsets[0] <= x.
+MIRASOL_HOST_DEVICE inline int64_t find(const int32_t* offsets, int64_t n, int64_t x) {
+  int64_t below = 0, above = n;
+  while (above - below > 1) {
+    const int64_t middle = (below + above) / 2;
+    (offsets[middle] <= x ? below : above) = middle;
+  }
+  return below;
+}
+
+// each(begin, end) for runs of at most RUN of the keys that a query row sees, in ascending order.
+template <class Each>
+MIRASOL_HOST_DEVICE void for_keys(const Ranges& seen, int64_t batch, int64_t row, Each each) {
+  const int64_t table = seen.batch == 1 ? 0 : batch;
+  const int64_t group = find(seen.q_offsets + table * (seen.groups + 1), seen.groups, row);
+  const int32_t* range = seen.k_ranges + (table * seen.groups + group) * seen.ranges * 2;
+  for (int64_t r = 0; r < seen.ranges; ++r, range += 2)
+    for (int64_t key = range[0]; key < range[1]; key += RUN) each(key, key + RUN < range[1] ? key + RUN : range[1]);
+}
+
+// Scores are scaled after the sum over elements, and that sum has one order: forward and backward meet the same scores.
+template <class Lanes>
+struct Softmax {  // a weighted sum of value rows with weights exp(score - top), and the sum of the weights
+  float top, total;
+  Row<Lanes> sum;
+};
+
+template <class Lanes>
+MIRASOL_HOST_DEVICE Softmax<Lanes> nothing() {
+  Softmax<Lanes> s;
+  s.top = -INFINITY, s.total = 0;
+  for (float& x : s.sum.x) x = 0;
+  return s;
+}
+
+template <class Lanes>
+MIRASOL_HOST_DEVICE void merge(Softmax<Lanes>& a, const Softmax<Lanes>& b) {
+  const float top = fmaxf(a.top, b.top), base = top == -INFINITY ? 0 : top;
+  const float of_a = expf(a.top - base), of_b = expf(b.top - base);
+  a.top = top, a.total = a.total * of_a + b.total * of_b;
+  for (int i = 0; i < MAX_DIM / Lanes::size; ++i) a.sum.x[i] = a.sum.x[i] * of_a + b.sum.x[i] * of_b;
+}
+
+struct Place {
+  int64_t batch, head, row;
+};
+
+MIRASOL_HOST_DEVICE inline Place place(int64_t item, int64_t heads, int64_t rows) {
+  return {item / rows / heads, item / rows % heads, item % rows};
+}
+
+// out and lse of one query row; items: batch * q_heads * q_len.
+template <class Lanes>
+MIRASOL_HOST_DEVICE void forward_row(Lanes lanes, const Forward& f, int64_t item) {
+  const Shape& shape = f.shape;
+  const Place to = place(item, shape.q_heads, shape.q_len);
+  const int64_t kv_head = to.head / (shape.q_heads / shape.kv_heads);
+  const Row<Lanes> q = load(lanes, at(f.q, to.batch, to.head, to.row), shape.dim);
+  Softmax<Lanes> all = nothing<Lanes>();
+  for_keys(f.seen, to.batch, to.row, [&](int64_t key, int64_t end) {
+    Softmax<Lanes> run = nothing<Lanes>();
+    for (; key < end; ++key) {
+      const float score = shape.scale * dot(lanes, q, at(f.k, to.batch, kv_head, key), shape.dim);
+      merge(run, Softmax<Lanes>{score, 1, load(lanes, at(f.v, to.batch, kv_head, key), shape.value_dim)});
+    }
+    merge(all, run);
+  });
+  store(lanes, at(f.out, to.batch, to.head, to.row), shape.value_dim, all.sum, all.total == 0 ? 0 : 1 / all.total);
+  if (lanes.lane == 0) f.lse[item] = all.top + logf(all.total);  // -inf where nothing was seen
+}
+
+// dq of one query row, and its delta and lse_low for the keys' turn; items: batch * q_heads * q_len.
+template <class Lanes>
+MIRASOL_HOST_DEVICE void backward_query_row(Lanes lanes, const Backward& g, int64_t item) {
+  const Shape& shape = g.shape;
+  const Place to = place(item, shape.q_heads, shape.q_len);
+  const int64_t kv_head = to.head / (shape.q_heads / shape.kv_heads);
+  const Row<Lanes> q = load(lanes, at(g.q, to.batch, to.head, to.row), shape.dim);
+  const Row<Lanes> dout = load(lanes, at(g.dout, to.batch, to.head, to.row), shape.value_dim);
+  const float lse = *at(g.lse, to.batch, to.head, to.row);
+  const float delta = dot(lanes, dout, at(g.out, to.batch, to.head, to.row), shape.value_dim) -
+                      *at(g.dlse, to.batch, to.head, to.row);
+  float low = 0;  // what the rounding of lse left out, as in backward.h
+  if (fabsf(lse) > 16 && fabsf(lse) < INFINITY) {
+    float mass = 0;
+    for_keys(g.seen, to.batch, to.row, [&](int64_t key, int64_t end) {
+      float run = 0;
+      for (; key < end; ++key) run += expf(fmaf(shape.scale, dot(lanes, q, at(g.k, to.batch, kv_head, key), shape.dim), -lse));
+      mass += run;
+    });
+    low = fabsf(logf(mass)) <= 1.1920929e-7f * fabsf(lse) ? logf(mass) : 0;
+  }
+  Row<Lanes> dq = {};
+  for_keys(g.seen, to.batch, to.row, [&](int64_t key, int64_t end) {
+    Row<Lanes> run = {};
+    for (; key < end; ++key) {
+      const Row<Lanes> k = load(lanes, at(g.k, to.batch, kv_head, key), shape.dim);
+      const float p = expf(fmaf(shape.scale, dot(lanes, q, at(g.k, to.batch, kv_head, key), shape.dim), -lse) - low);
+      add(run, p * (dot(lanes, dout, at(g.v, to.batch, kv_head, key), shape.value_dim) - delta), k);
+    }
+    add(dq, 1, run);
+  });
+  store(lanes, at(g.dq, to.batch, to.head, to.row), shape.dim, dq, shape.scale);
+  if (lanes.lane == 0) g.delta[item] = delta, g.lse_low[item] = low;
+}
+
+// dk and dv of one key row, after all query rows; items: batch * kv_heads * k_len.
+template <class Lanes>
+MIRASOL_HOST_DEVICE void backward_key_row(Lanes lanes, const Backward& g, int64_t item) {
+  const Shape& shape = g.shape;
+  const Place to = place(item, shape.kv_heads, shape.k_len);
+  const int64_t group = shape.q_heads / shape.kv_heads, segments = g.seen_by.segments;
+  const int64_t table = g.seen.batch == 1 ? 0 : to.batch;
+  const int64_t segment = find(g.seen_by.k_offsets + table * (segments + 1), segments, to.row);
+  const int32_t* index = g.seen_by.q_index + table * (segments + 1) + segment;
+  const int32_t* ranges = g.seen_by.q_ranges + table * g.seen_by.entries * 2;
+  const Row<Lanes> k = load(lanes, at(g.k, to.batch, to.head, to.row), shape.dim);
+  const Row<Lanes> v = load(lanes, at(g.v, to.batch, to.head, to.row), shape.value_dim);
+  Row<Lanes> dk = {}, dv = {};
+  for (int64_t head = to.head * group; head < (to.head + 1) * group; ++head)
+    for (int32_t entry = index[0]; entry < index[1]; ++entry)
+      for (int64_t row = ranges[2 * entry], end = ranges[2 * entry + 1]; row < end;) {
+        Row<Lanes> run_k = {}, run_v = {};
+        for (const int64_t stop = row + RUN < end ? row + RUN : end; row < stop; ++row) {
+          const int64_t number = (to.batch * shape.q_heads + head) * shape.q_len + row;
+          const float *q = at(g.q, to.batch, head, row), *dout = at(g.dout, to.batch, head, row);
+          const float lse = *at(g.lse, to.batch, head, row);
+          const float p = expf(fmaf(shape.scale, dot(lanes, k, q, shape.dim), -lse) - g.lse_low[number]);
+          add(run_k, p * (dot(lanes, v, dout, shape.value_dim) - g.delta[number]), load(lanes, q, shape.dim));
+          add(run_v, p, load(lanes, dout, shape.value_dim));
+        }
+        add(dk, 1, run_k), add(dv, 1, run_v);
+      }
+  store(lanes, at(g.dk, to.batch, to.head, to.row), shape.dim, dk, shape.scale);
+  store(lanes, at(g.dv, to.batch, to.head, to.row), shape.value_dim, dv);
+}
+
+}  // namespace mirasol::cuda

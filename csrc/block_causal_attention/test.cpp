@@ -1,0 +1,192 @@
+// Forward and backward against the definition in float64, for the instruction set that MIRASOL_ISA forces, and the bodies
+// of the CUDA kernels on the host.  Needs neither torch nor Python.
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <string>
+#include <thread>
+#include <vector>
+#include "block_causal_attention/problems.h"
+#include "block_causal_attention/rows.h"
+
+using namespace mirasol::attention;
+
+namespace {
+
+Forward forward_of(const Problem& p, const Tables& t, Inputs& in, Results& r) {
+  return {p.shape, t.seen(), in.q.view<const float>(), in.k.view<const float>(), in.v.view<const float>(),
+          r.out.view<float>(), r.lse.memory.data()};
+}
+
+Backward backward_of(const Problem& p, const Tables& t, Inputs& in, Results& r, vector<float>& rows,
+                     vector<int32_t>& turns) {
+  const int64_t n = p.shape.batch * p.shape.q_heads * p.shape.q_len;
+  rows.assign(2 * n, NaN), turns.assign(p.shape.batch * p.shape.q_heads * tiles(p.shape.q_len), 0);
+  return {p.shape, t.seen(), t.seen_by(),
+          in.dout.view<const float>(), in.q.view<const float>(), in.k.view<const float>(), in.v.view<const float>(),
+          r.out.view<const float>(), in.dlse.view<const float>(), r.lse.view<const float>(),
+          r.dq.view<float>(), r.dk.view<float>(), r.dv.view<float>(), rows.data(), rows.data() + n, turns.data()};
+}
+
+template <class Each>
+void run(int threads, int64_t items, int64_t workspace, Each each) {
+  std::atomic<int64_t> next{0};
+  const auto work = [&] {
+    struct alignas(64) Line { float x[16]; };
+    vector<Line> space((workspace + 15) / 16);
+    for (Line& line : space) std::fill(line.x, line.x + 16, NaN);
+    for (int64_t item; (item = next++) < items;) each(space.data()->x, item, item + 1);
+  };
+  vector<std::thread> others;
+  for (int i = 1; i < threads; ++i) others.emplace_back(work);
+  work();
+  for (std::thread& other : others) other.join();
+}
+
+Results on_cpu(const Problem& p, const Tables& t, Inputs& in, int threads) {
+  Results r = empty_results(p);
+  const Shape& s = p.shape;
+  const Forward f = forward_of(p, t, in, r);
+  run(threads, MIRASOL_CALL(attention_tiles, s), MIRASOL_CALL(attention_workspace, s),
+      [&](float* space, int64_t begin, int64_t end) { MIRASOL_CALL(attention_forward, f, space, begin, end); });
+  vector<float> rows;
+  vector<int32_t> turns;
+  const Backward g = backward_of(p, t, in, r, rows, turns);
+  r.dq.each([](float& x) { x = 0; });
+  run(threads, MIRASOL_CALL(attention_tiles, s), MIRASOL_CALL(attention_workspace, s),
+      [&](float* space, int64_t begin, int64_t end) { MIRASOL_CALL(attention_backward_rows, g, space, begin, end); });
+  run(threads, MIRASOL_CALL(attention_backward_items, s), MIRASOL_CALL(attention_backward_workspace, s),
+      [&](float* space, int64_t begin, int64_t end) { MIRASOL_CALL(attention_backward, g, space, begin, end); });
+  return r;
+}
+
+struct Alone {  // a warp of one lane
+  static constexpr int size = 1, lane = 0;
+  float sum(float x) const { return x; }
+};
+
+Results as_on_gpu(const Problem& p, const Tables& t, Inputs& in) {
+  Results r = empty_results(p);
+  const Shape& s = p.shape;
+  const Forward f = forward_of(p, t, in, r);
+  for (int64_t i = 0; i < s.batch * s.q_heads * s.q_len; ++i) mirasol::cuda::forward_row(Alone{}, f, i);
+  vector<float> rows;
+  vector<int32_t> turns;
+  const Backward g = backward_of(p, t, in, r, rows, turns);
+  for (int64_t i = 0; i < s.batch * s.q_heads * s.q_len; ++i) mirasol::cuda::backward_query_row(Alone{}, g, i);
+  for (int64_t i = 0; i < s.batch * s.kv_heads * s.k_len; ++i) mirasol::cuda::backward_key_row(Alone{}, g, i);
+  return r;
+}
+
+bool same_bits(const Tensor& a, const Tensor& b) {
+  const auto bits = [](float x, float y) { return std::memcmp(&x, &y, sizeof x) == 0; };
+  return std::equal(a.memory.begin(), a.memory.end(), b.memory.begin(), bits);
+}
+
+// NaN or infinity in every element of row n, of batch row b.
+void poison(Tensor& x, int64_t b, int64_t n) {
+  for (int64_t h = 0; h < x.sizes[1]; ++h)
+    for (int64_t d = 0; d < x.sizes[3]; ++d) x(b, h, n, d) = draw(0, 1) ? NaN : std::numeric_limits<float>::infinity();
+}
+
+bool unchanged(Tensor& before, Tensor& after, int64_t b, int64_t n) {
+  bool same = true;
+  for (int64_t h = 0; h < before.sizes[1]; ++h)
+    for (int64_t d = 0; d < before.sizes[3]; ++d) same &= before(b, h, n, d) == after(b, h, n, d);
+  return same;
+}
+
+int failures = 0;
+
+void expect(bool fine, const Problem& p, const std::string& what) {
+  if (fine) return;
+  ++failures;
+  std::printf("FAILED %s: %s\n", p.name.c_str(), what.c_str());
+}
+
+// The error may be twice that of the definition in float32, which the arithmetic cannot avoid, plus four ulps of the
+// largest value.
+double excess(Tensor& actual, const vector<double>& exact, double unavoidable) {
+  double error = 0, largest = 0;
+  const vector<double> got = actual.values();
+  for (size_t i = 0; i < exact.size(); ++i) {
+    if (std::isinf(exact[i]) ? got[i] != exact[i] : !std::isfinite(got[i])) return INFINITY;
+    if (std::isinf(exact[i])) continue;
+    error = std::max(error, std::abs(got[i] - exact[i])), largest = std::max(largest, std::abs(exact[i]));
+  }
+  return error == 0 ? 0 : error / (2 * unavoidable + 4 * std::numeric_limits<float>::epsilon() * largest);
+}
+
+double against_definition(const Problem& p, Inputs& in, Results& r, const char* who) {
+  static const char* const names[] = {"out", "lse", "dq", "dk", "dv"};
+  const vector<vector<double>> exact = definition<double>(p, in);
+  double unavoidable[5] = {}, worst = 0;
+  for (int order = 0; order < 3; ++order) {  // one alone may be lucky where few rows have large scores
+    const vector<vector<float>> low = definition<float>(p, in, order * p.shape.dim / 3);
+    for (int i = 0; i < 5; ++i)
+      for (size_t j = 0; j < exact[i].size(); ++j)
+        if (std::isfinite(exact[i][j])) unavoidable[i] = std::max(unavoidable[i], std::abs(low[i][j] - exact[i][j]));
+  }
+  for (int i = 0; i < 5; ++i) {
+    const double used = excess(*r.all()[i], exact[i], unavoidable[i]);
+    expect(used <= 1, p, std::string(who) + " " + names[i] + ": error is " + std::to_string(used) + " of its budget");
+    worst = std::max(worst, used);
+  }
+  return worst;
+}
+
+double check(const Problem& p) {
+  const Shape& s = p.shape;
+  const Tables t = tables_of(p.sees, int32_t(s.q_len), int32_t(s.k_len));
+  Inputs in = inputs_of(p);
+  for (int64_t b = 0; b < s.batch; ++b) {  // what nobody sees may hold anything
+    for (int64_t row = 0; row < s.q_len; ++row)
+      if (p.sees[b % p.sees.size()][row].empty())
+        poison(in.q, b, row), poison(in.dout, b, row), poison(in.dlse, b, row);
+    for (int64_t key = 0; key < s.k_len; ++key) {
+      bool seen = false;
+      for (int64_t row = 0; row < s.q_len && !seen; ++row) seen = sees(p, b, row, key);
+      if (!seen) poison(in.k, b, key), poison(in.v, b, key);
+    }
+  }
+  Results r = on_cpu(p, t, in, 1), gpu = as_on_gpu(p, t, in);
+  const double worst = std::max(against_definition(p, in, r, "cpu"), against_definition(p, in, gpu, "rows"));
+  for (int threads : {2, 7}) {
+    Results other = on_cpu(p, t, in, threads);
+    for (int i = 0; i < 5; ++i)
+      expect(same_bits(*r.all()[i], *other.all()[i]), p, std::to_string(threads) + " threads change the result");
+  }
+  if (s.batch * s.q_len * s.k_len == 0) return worst;
+
+  // A row never meets what it does not see, not even as 0 * NaN, and a key never meets a row that does not see it.
+  const int64_t key = draw(0, s.k_len - 1), row = draw(0, s.q_len - 1), b = draw(0, s.batch - 1);
+  Inputs bad_key = in, bad_row = in;
+  poison(bad_key.k, b, key), poison(bad_key.v, b, key), poison(bad_row.q, b, row), poison(bad_row.dout, b, row);
+  Results with_key = on_cpu(p, t, bad_key, 1), with_row = on_cpu(p, t, bad_row, 1);
+  for (int64_t i = 0; i < s.q_len; ++i)
+    expect(sees(p, b, i, key) || (unchanged(r.out, with_key.out, b, i) && unchanged(r.dq, with_key.dq, b, i)), p,
+           "row " + std::to_string(i) + " met a key that it does not see");
+  for (int64_t i = 0; i < s.k_len; ++i)
+    expect(sees(p, b, row, i) || (unchanged(r.dk, with_row.dk, b, i) && unchanged(r.dv, with_row.dv, b, i)), p,
+           "key " + std::to_string(i) + " met a row that does not see it");
+  return worst;
+}
+
+}  // namespace
+
+int main() {
+  if (!mirasol::isa_granted()) {
+    std::printf("skipped: this CPU has no %s\n", std::getenv("MIRASOL_ISA"));
+    return 77;
+  }
+  double worst = 0;
+  const vector<Problem> all = problems();
+  for (const Problem& p : all) worst = std::max(worst, check(p));
+  std::printf("%s: %zu problems, largest error %.0f%% of its budget, %d failures\n",
+              mirasol::isa_name(mirasol::isa()), all.size(), 100 * worst, failures);
+  return failures != 0;
+}
