@@ -1,6 +1,6 @@
 #pragma once
-// Tensors as the bindings get them -> what kernels take, checked.  A template on the tensor's class, so that it names no
-// torch header; mirasol_kernels/block_causal_attention/api.py has said it better to who calls through Python.
+// Tensors as the bindings get them -> what kernels take, checked.  A template on the tensor's class, so that it names
+// no torch header; mirasol_kernels/block_causal_attention/api.py has said it better to who calls through Python.
 #include <initializer_list>
 #include <stdexcept>
 #include <string>
@@ -13,12 +13,16 @@ constexpr int64_t MAX_DIM = 256;
 
 inline std::string tuple(const int64_t* sizes, size_t n) {
   std::string text = "(";
-  for (size_t i = 0; i < n; ++i) text += (i ? ", " : "") + (sizes[i] < 0 ? std::string("any") : std::to_string(sizes[i]));
+  for (size_t i = 0; i < n; ++i) {
+    if (i) text += ", ";
+    text += sizes[i] < 0 ? "any" : std::to_string(sizes[i]);
+  }
   return text + ")";
 }
 
 inline void expect(bool fine, const char* name, const std::string& expected, const std::string& got) {
-  if (!fine) throw std::runtime_error(std::string("block_causal_attention: ") + name + ": expected " + expected + ", got " + got);
+  if (fine) return;
+  throw std::runtime_error(std::string("block_causal_attention: ") + name + ": expected " + expected + ", got " + got);
 }
 
 // Of these sizes (-1: any).
@@ -75,7 +79,8 @@ template <class Tensor>
 Ranges ranges_of(const Shape& shape, const Tensor& q_offsets, const Tensor& k_ranges) {
   expect_sizes("q_offsets", q_offsets, {-1, -1});
   const int64_t batch = q_offsets.size(0), groups = q_offsets.size(1) - 1;
-  expect(batch == 1 || batch == shape.batch, "q_offsets", "1 or " + std::to_string(shape.batch) + " tables", std::to_string(batch));
+  const auto tables = "1 or " + std::to_string(shape.batch) + " tables";
+  expect(batch == 1 || batch == shape.batch, "q_offsets", tables, std::to_string(batch));
   expect(groups >= 0, "q_offsets", "at least one column", "none");
   const int32_t* offsets = table("q_offsets", q_offsets, {batch, groups + 1});
   const int32_t* ranges = table("k_ranges", k_ranges, {batch, groups, -1, 2});

@@ -1,7 +1,7 @@
 #pragma once
-// Backward in one pass of five products.  One item is a chunk of the keys of one kv head: it holds dk and dv of the chunk
-// while it walks over the query tiles that see it, of all query heads of the group.  A tile's dq has a share from each chunk
-// it sees; chunks add theirs in ascending order, each waiting for its turn, so no sum depends on the threads.
+// Backward in one pass of five products.  One item is a chunk of the keys of one kv head: it holds dk and dv of the
+// chunk while it walks over the query tiles that see it, of all query heads of the group.  A tile's dq has a share from
+// each chunk it sees; chunks add theirs in ascending order, each waiting for its turn: no sum depends on the threads.
 #include <sched.h>
 #include "block_causal_attention/tile.h"
 
@@ -67,7 +67,7 @@ static void softmax_backward(const Piece& piece, const Span& s, const Rows& rows
   }
 }
 
-// to (keys, padded dim) += P X, with P (keys, rows of the piece) and X (rows, padded dim): the product that ends in a key.
+// to (keys, padded dim) += P X, with P (keys, rows of the piece), X (rows, padded dim): the product that ends in a key.
 static inline void scatter(const Piece& piece, const float* p, const float* x, int64_t dim, float* to) {
   gemm({.vectors = int(padded(dim) / WIDTH), .n = piece.keys, .k = piece.rows, .a = x + piece.row * padded(dim),
         .a_k = padded(dim), .b = p + piece.row, .b_n = TILE, .b_k = 1, .c = to, .c_n = padded(dim), .add = true});
@@ -161,11 +161,13 @@ static void backward_chunk(const Backward& g, const Chunk& chunk, const Buffers&
   int64_t first, end;
   rows_of(g, chunk, &first, &end);
   for (int64_t head = chunk.kv_head * group; head < (chunk.kv_head + 1) * group; ++head)
-    for (int64_t row = (attention::tiles(end) - 1) * TILE; row > first - TILE; row -= TILE)  // the next chunk follows closely
+    for (int64_t row = (attention::tiles(end) - 1) * TILE; row > first - TILE; row -= TILE)  // downwards: the next chunk follows
       backward_tile(g, chunk, {chunk.batch, head, chunk.kv_head, row, least(TILE, shape.q_len - row)}, b);
   for (int64_t i = 0; i < keys; ++i) {
-    float *dk = at(g.dk, chunk.batch, chunk.kv_head, chunk.key + i), *dv = at(g.dv, chunk.batch, chunk.kv_head, chunk.key + i);
-    for (int64_t d = 0; d < shape.dim; d += WIDTH) store_part(dk + d, load(b.dk + i * dim + d) * shape.scale, least(WIDTH, shape.dim - d));
+    float* dk = at(g.dk, chunk.batch, chunk.kv_head, chunk.key + i);
+    float* dv = at(g.dv, chunk.batch, chunk.kv_head, chunk.key + i);
+    for (int64_t d = 0; d < shape.dim; d += WIDTH)
+      store_part(dk + d, load(b.dk + i * dim + d) * shape.scale, least(WIDTH, shape.dim - d));
     for (int64_t d = 0; d < shape.value_dim; d += WIDTH)
       store_part(dv + d, load(b.dv + i * value_dim + d), least(WIDTH, shape.value_dim - d));
   }
@@ -195,8 +197,8 @@ static void sum_weights(const Backward& g, const Tile& t, const float* lse, floa
 // tells what the rounding has left out.  Up to 16 that is within 4 ulps of P and not worth the product.
 static inline bool needs_low(float lse) { return __builtin_fabsf(lse) > 16 && __builtin_fabsf(lse) < __builtin_inff(); }
 
-// delta = sum(dout * out) - dlse, and lse_low.  Each row by itself: whether it gets an lse_low is no matter of its tile.  (An
-// lse that stems from more keys than these is not the rounded sum of them, and is taken as it is.)
+// delta = sum(dout * out) - dlse, and lse_low.  Each row by itself: whether it gets an lse_low is no matter of its
+// tile.  (An lse that stems from more keys than these is not the rounded sum of them, and is taken as it is.)
 static void backward_rows(const Backward& g, const Tile& t, float* workspace) {
   const Shape& shape = g.shape;
   const int64_t first = (t.batch * shape.q_heads + t.head) * shape.q_len + t.row;
@@ -217,8 +219,8 @@ static void backward_rows(const Backward& g, const Tile& t, float* workspace) {
   if (!large) return;
   sum_weights(g, t, lse, workspace, workspace + shape.dim * TILE, total);
   for (int r = 0; r < t.rows; ++r) {
-    const float low = __builtin_logf(total[r]);
-    if (needs_low(lse[r]) && __builtin_fabsf(low) <= __FLT_EPSILON__ * __builtin_fabsf(lse[r])) g.lse_low[first + r] = low;
+    const float low = __builtin_logf(total[r]), most = __FLT_EPSILON__ * __builtin_fabsf(lse[r]);
+    if (needs_low(lse[r]) && __builtin_fabsf(low) <= most) g.lse_low[first + r] = low;
   }
 }
 

@@ -1,5 +1,5 @@
-// One warp per row; the bodies are in rows.h.  2026-11-22: compiled for sm_80 and sm_90a, and its bodies tested on the host;
-// it has never run on a GPU.
+// One warp per row; the bodies are in rows.h.  2026-11-22: compiled for sm_80 and sm_90a without spills, the bodies
+// tested on the host; it has never run on a GPU.
 #include "block_causal_attention/cuda.h"
 #include "block_causal_attention/rows.h"
 
@@ -24,15 +24,18 @@ __device__ int64_t first_item() { return blockIdx.x * int64_t(WARPS) + threadIdx
 __device__ int64_t item_step() { return gridDim.x * int64_t(WARPS); }
 
 __global__ void forward_kernel(Forward f, int64_t items) {
-  for (int64_t item = first_item(); item < items; item += item_step()) forward_row(Warp{int(threadIdx.x)}, f, item);
+  const Warp warp{int(threadIdx.x)};
+  for (int64_t item = first_item(); item < items; item += item_step()) forward_row(warp, f, item);
 }
 
 __global__ void backward_query_kernel(Backward g, int64_t items) {
-  for (int64_t item = first_item(); item < items; item += item_step()) backward_query_row(Warp{int(threadIdx.x)}, g, item);
+  const Warp warp{int(threadIdx.x)};
+  for (int64_t item = first_item(); item < items; item += item_step()) backward_query_row(warp, g, item);
 }
 
 __global__ void backward_key_kernel(Backward g, int64_t items) {
-  for (int64_t item = first_item(); item < items; item += item_step()) backward_key_row(Warp{int(threadIdx.x)}, g, item);
+  const Warp warp{int(threadIdx.x)};
+  for (int64_t item = first_item(); item < items; item += item_step()) backward_key_row(warp, g, item);
 }
 
 template <class Kernel, class Arguments>

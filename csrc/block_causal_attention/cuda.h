@@ -1,6 +1,6 @@
 #pragma once
-// Block-causal attention on a GPU, float32: pointers to its memory and a stream, no torch.  The same arguments as on the CPU;
-// `turns` is not used and dq need not be zeroed.  Each returns nullptr, or what went wrong with the launch.
+// Block-causal attention on a GPU, float32: pointers to its memory and a stream, no torch.  The arguments are those of
+// the CPU; `turns` is not used and dq need not be zeroed.  Each returns nullptr, or what went wrong with the launch.
 #include "block_causal_attention/kernel.h"
 
 namespace mirasol::cuda {

@@ -19,8 +19,9 @@ struct Placed {  // a piece of the current step and where its scores stand
   int slot;
 };
 
-// Scores of one vector of rows become exp(scale * score - top); top, total and `out` (value_dim, TILE) are brought up to date.
-static void softmax_step(const Shape& shape, float* scores, const Placed* placed, int count, int v, Running& run, float* out) {
+// Scores of one vector of rows become exp(scale * score - top), and top, total and `out` (value_dim, TILE) follow.
+static void softmax_step(const Shape& shape, float* scores, const Placed* placed, int count, int v, Running& run,
+                         float* out) {
   const Vec scale = broadcast(shape.scale), hidden = broadcast(-__builtin_inff()), old = load(run.top + v * WIDTH);
   Vec top = old;
   bool touched = false;
@@ -76,8 +77,10 @@ static void forward_tile(const Forward& f, const Tile& t, float* workspace) {
       slot += piece.keys;
     }
     for (int v = 0; v * WIDTH < t.rows; ++v) softmax_step(shape, s, placed, count, v, run, out);
-    for (const Placed* x = placed; x < placed + count; ++x)
-      gather(x->piece, x->span, s + x->slot * TILE, at(f.v, t.batch, t.kv_head, x->piece.key), f.v.row, shape.value_dim, out);
+    for (const Placed* x = placed; x < placed + count; ++x) {
+      const float* value = at(f.v, t.batch, t.kv_head, x->piece.key);
+      gather(x->piece, x->span, s + x->slot * TILE, value, f.v.row, shape.value_dim, out);
+    }
   }
 
   float* lse = f.lse + (t.batch * shape.q_heads + t.head) * shape.q_len + t.row;

@@ -1,7 +1,7 @@
 #pragma once
 // Block-causal attention on the CPU, float32: raw pointers and sizes, no torch.
 // Each query row sees up to `ranges` disjoint ranges of keys, the same for all rows of a group (tables as
-// mirasol_kernels/layout.py builds them).  Work is cut into items that do not depend on the number of threads, and every
+// mirasol_kernels/layout.py builds them).  Work is cut into items that do not depend on the number of threads, and each
 // output element is summed in one fixed order: results are bitwise the same for any number of threads.
 #include <cstdint>
 #include "common/isa.h"
@@ -57,9 +57,9 @@ constexpr int64_t tiles(int64_t q_len) { return (q_len + TILE - 1) / TILE; }
 
 }  // namespace mirasol::attention
 
-// Workspace: how many floats each thread needs, 64-byte aligned, not initialised.  Items [begin, end) may be run in any cut,
-// except that the last function's must be begun in ascending order: one may wait for lower ones to have added their share
-// of dq.  (One thread that runs all is right, and so are threads that draw items from a counter.)
+// Workspace: how many floats each thread needs, 64-byte aligned, not initialised.  Items [begin, end) may be run in any
+// cut, except that the last function's must be begun in ascending order: one may wait for lower ones to have added
+// their share of dq.  (One thread that runs all is right, and so are threads that draw items from a counter.)
 //   forward             attention_tiles items
 //   backward, first     attention_tiles items of attention_backward_rows, all of them before
 //   backward, then      attention_backward_items items of attention_backward

@@ -172,7 +172,7 @@ inline Results empty_results(const Problem& p) {
           Tensor(s.batch, s.kv_heads, s.k_len, s.value_dim, p.kind)};
 }
 
-// The definition, in the arithmetic of T, in the order of Results::all().  Scores are summed from element `first` on, and
+// The definition, in the arithmetic of T, in the order of Results::all().  Scores are summed from element `first` on,
 // then from 0.
 template <class T>
 vector<vector<T>> definition(const Problem& p, Inputs& in, int64_t first = 0) {

@@ -1,6 +1,6 @@
 #pragma once
-// The CUDA kernels' bodies: what one warp does for one query row, or for one key row.  The code knows a warp only as `Lanes`
-// that share the elements of a row, so that test.cpp runs it on the host, with a single lane.
+// The CUDA kernels' bodies: what one warp does for one query row, or for one key row.  The code knows a warp only as
+// `Lanes` that share the elements of a row, so that test.cpp runs it on the host, with a single lane.
 // Exact and simple, not fast: every pair costs a product of rows.  No atomics; sums in a fixed order.
 #include <cmath>
 #include "block_causal_attention/kernel.h"
@@ -20,7 +20,7 @@ using attention::Shape;
 using attention::View;
 
 constexpr int MAX_DIM = 256;
-constexpr int RUN = 64;  // terms that are summed before they join the rest: rounding grows with the run, not with the row
+constexpr int RUN = 64;  // terms that are summed before they join the rest: rounding grows with the run, not the row
 
 // This lane's elements of a row: number `lane`, lane + size, ...
 template <class Lanes>
@@ -155,7 +155,10 @@ MIRASOL_HOST_DEVICE void backward_query_row(Lanes lanes, const Backward& g, int6
     float mass = 0;
     for_keys(g.seen, to.batch, to.row, [&](int64_t key, int64_t end) {
       float run = 0;
-      for (; key < end; ++key) run += expf(fmaf(shape.scale, dot(lanes, q, at(g.k, to.batch, kv_head, key), shape.dim), -lse));
+      for (; key < end; ++key) {
+        const float score = dot(lanes, q, at(g.k, to.batch, kv_head, key), shape.dim);
+        run += expf(fmaf(shape.scale, score, -lse));
+      }
       mass += run;
     });
     low = fabsf(logf(mass)) <= 1.1920929e-7f * fabsf(lse) ? logf(mass) : 0;
@@ -164,9 +167,9 @@ MIRASOL_HOST_DEVICE void backward_query_row(Lanes lanes, const Backward& g, int6
   for_keys(g.seen, to.batch, to.row, [&](int64_t key, int64_t end) {
     Row<Lanes> run = {};
     for (; key < end; ++key) {
-      const Row<Lanes> k = load(lanes, at(g.k, to.batch, kv_head, key), shape.dim);
-      const float p = expf(fmaf(shape.scale, dot(lanes, q, at(g.k, to.batch, kv_head, key), shape.dim), -lse) - low);
-      add(run, p * (dot(lanes, dout, at(g.v, to.batch, kv_head, key), shape.value_dim) - delta), k);
+      const float *k = at(g.k, to.batch, kv_head, key), *v = at(g.v, to.batch, kv_head, key);
+      const float p = expf(fmaf(shape.scale, dot(lanes, q, k, shape.dim), -lse) - low);
+      add(run, p * (dot(lanes, dout, v, shape.value_dim) - delta), load(lanes, k, shape.dim));
     }
     add(dq, 1, run);
   });

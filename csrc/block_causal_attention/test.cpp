@@ -1,5 +1,5 @@
-// Forward and backward against the definition in float64, for the instruction set that MIRASOL_ISA forces, and the bodies
-// of the CUDA kernels on the host.  Needs neither torch nor Python.
+// Forward and backward against the definition in float64, for the instruction set that MIRASOL_ISA forces, and the
+// bodies of the CUDA kernels on the host.  Needs neither torch nor Python.
 #include <algorithm>
 #include <atomic>
 #include <cmath>

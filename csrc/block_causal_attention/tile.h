@@ -1,6 +1,6 @@
 #pragma once
-// What forward and backward share: a tile of query rows in the lanes of vectors.  Scores are kept transposed, (keys, TILE):
-// softmax is then vertical, K and V are read as they lie, one element broadcast at a time, and a row never meets another.
+// What forward and backward share: a tile of query rows in the lanes of vectors.  Scores are kept transposed, (keys,
+// TILE): softmax is then vertical, K and V are read as they lie, an element broadcast at a time, and rows never meet.
 #include "block_causal_attention/pieces.h"
 #include "common/gemm.h"
 
@@ -32,7 +32,8 @@ struct Tile {
 static Tile tile_of(const Shape& shape, int64_t item) {
   const int64_t heads = shape.batch * shape.q_heads, head = item % shape.q_heads;
   const int64_t row = (attention::tiles(shape.q_len) - 1 - item / heads) * TILE;
-  return {item % heads / shape.q_heads, head, head / (shape.q_heads / shape.kv_heads), row, least(TILE, shape.q_len - row)};
+  const int64_t kv_head = head / (shape.q_heads / shape.kv_heads);
+  return {item % heads / shape.q_heads, head, kv_head, row, least(TILE, shape.q_len - row)};
 }
 
 // The vectors of a tile that hold rows of a piece; `masked` when one of them also holds another live row of the tile.
@@ -57,27 +58,35 @@ static void pack_transposed(const float* from, int64_t stride, int rows, int64_t
     for (int64_t d = 0; d < dim; d += WIDTH) {
       const int n = least(WIDTH, dim - d);
       Vec x[WIDTH] = {};
-      for (int i = 0; i < least(WIDTH, rows - r); ++i) x[i] = load_part(from + (r + i) * stride + d, n);
+#pragma GCC unroll 16
+      for (int i = 0; i < WIDTH; ++i)
+        if (r + i < rows) x[i] = load_part(from + (r + i) * stride + d, n);
       transpose(x);
-      for (int j = 0; j < n; ++j) store(to + (d + j) * TILE + r, x[j]);
+#pragma GCC unroll 16
+      for (int j = 0; j < WIDTH; ++j)
+        if (j < n) store(to + (d + j) * TILE + r, x[j]);
     }
 }
 
-// Calls each(row, d, n, x): the elements [d, d + n) of a row, from a transposed tile whose columns are scaled by `factor`.
+// Calls each(row, d, n, x) with elements [d, d + n) of a row of a transposed tile, times the `factor` of the row.
 template <class Each>
 static inline void unpack_transposed(const float* from, int rows, int64_t dim, const float* factor, Each each) {
   for (int r = 0; r < rows; r += WIDTH)
     for (int64_t d = 0; d < dim; d += WIDTH) {
       const int n = least(WIDTH, dim - d);
       Vec x[WIDTH] = {};
-      for (int j = 0; j < n; ++j) x[j] = load(from + (d + j) * TILE + r) * load(factor + r);
+#pragma GCC unroll 16
+      for (int j = 0; j < WIDTH; ++j)
+        if (j < n) x[j] = load(from + (d + j) * TILE + r) * load(factor + r);
       transpose(x);
-      for (int i = 0; i < least(WIDTH, rows - r); ++i) each(r + i, d, n, x[i]);
+#pragma GCC unroll 16
+      for (int i = 0; i < WIDTH; ++i)
+        if (r + i < rows) each(r + i, d, n, x[i]);
     }
 }
 
-// to(keys, lanes) = K Q^T for the vectors of a span, with `tile` the packed Q^T.  Not scaled yet: the scale joins in one rounding
-// with the subtraction that every use makes, and Q is not rounded before the product.
+// to(keys, lanes) = K Q^T for the vectors of a span, with `tile` the packed Q^T.  Not scaled yet: that is one rounding
+// together with the subtraction that follows, and Q is not rounded before the product.
 static inline void scores(const Piece& piece, const Span& s, const float* tile, int64_t dim, const float* keys,
                           int64_t key_stride, float* to) {
   gemm({.vectors = s.count, .n = piece.keys, .k = int(dim), .a = tile + s.first * WIDTH, .a_k = TILE,

@@ -1,8 +1,8 @@
 #pragma once
 // The one product under all kernels: C(n, m) += B(n, k) A(k, m), small enough to stay in cache.
 // The lanes of a vector run along m, the elements of B are broadcast; so A and C are read as they lie and nothing is
-// packed, and B may lie either way (b_n and b_k are its two strides).  Each call sums its k terms from zero, in order, and
-// adds the sum to C once: as exact as a blocked sum, and the same whatever else is computed.
+// packed, and B may lie either way (b_n and b_k are its two strides).  Each call sums its k terms from zero, in order,
+// and adds the sum to C once: as exact as a blocked sum, and the same whatever else is computed.
 #include "common/vec.h"
 
 namespace mirasol::MIRASOL_ISA {

@@ -25,7 +25,7 @@ constexpr int WIDTH = 8;
 constexpr int WIDTH = 4;
 #endif
 typedef float Vec __attribute__((vector_size(4 * WIDTH)));
-typedef int32_t Bits __attribute__((vector_size(4 * WIDTH)));  // also a mask: -1 in a lane that is on, 0 in one that is off
+typedef int32_t Bits __attribute__((vector_size(4 * WIDTH)));  // as a mask: -1 in a lane that is on, 0 in others
 typedef uint32_t Words __attribute__((vector_size(4 * WIDTH)));
 typedef float Unaligned __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
 
@@ -34,10 +34,11 @@ static inline void store(float* p, Vec x) { *reinterpret_cast<Unaligned*>(p) = x
 static inline Vec select(Bits mask, Vec yes, Vec no) { return mask ? yes : no; }
 static inline Vec keep(Bits mask, Vec x) { return (Vec)(mask & (Bits)x); }  // 0 in a lane that is off, also for NaN
 
+// max gives b where a or b is NaN.
 #if defined(__AVX512F__)
 static inline Vec broadcast(float x) { return (Vec)_mm512_set1_ps(x); }
 static inline Vec fma(Vec a, Vec b, Vec c) { return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
-static inline Vec max(Vec a, Vec b) { return (Vec)_mm512_maskz_max_ps(-1, (__m512)a, (__m512)b); }  // b where one of them is NaN
+static inline Vec max(Vec a, Vec b) { return (Vec)_mm512_maskz_max_ps(-1, (__m512)a, (__m512)b); }
 #elif defined(__AVX2__)
 static inline Vec broadcast(float x) { return (Vec)_mm256_set1_ps(x); }
 static inline Vec fma(Vec a, Vec b, Vec c) { return (Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
@@ -98,10 +99,12 @@ static inline Vec exp(Vec x) {
   return select(x < -87.336544f, Vec{}, p * (Vec)power);
 }
 
-// x[i][j] and x[j][i] change places.  Interleaving the first half of the rows with the second log2(WIDTH) times does it.
+// x[i][j] and x[j][i] change places: the first half of the rows is interleaved with the second, log2(WIDTH) times.
 static inline void transpose(Vec (&x)[WIDTH]) {
+#pragma GCC unroll 16
   for (int step = 1; step < WIDTH; step *= 2) {
     Vec y[WIDTH];
+#pragma GCC unroll 16
     for (int i = 0; i < WIDTH / 2; ++i) {
       const Vec a = x[i], b = x[i + WIDTH / 2];
 #if defined(__AVX512F__)
@@ -115,6 +118,7 @@ static inline void transpose(Vec (&x)[WIDTH]) {
       y[2 * i + 1] = MIRASOL_SHUFFLE(a, b, 2, 6, 3, 7);
 #endif
     }
+#pragma GCC unroll 16
     for (int i = 0; i < WIDTH; ++i) x[i] = y[i];
   }
 }
