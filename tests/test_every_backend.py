@@ -51,7 +51,7 @@ def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-@pytest.mark.parametrize("entry", entries(reference=False))
+@pytest.mark.parametrize("entry", list(entries(reference=False)))
 def test_budget(entry: Entry, dtype: torch.dtype) -> None:
     """Outputs and every gradient are as near to the reference in float64 as the dtype allows."""
     case = case_of(entry, dtype)
@@ -71,7 +71,7 @@ def poisoned(x: Tensor) -> Tensor:
     return memory.as_strided(x.shape, x.stride(), margin).copy_(x)
 
 
-@pytest.mark.parametrize("entry", entries(reference=True))
+@pytest.mark.parametrize("entry", list(entries(reference=True)))
 def test_reads_only_its_inputs_and_repeats(entry: Entry) -> None:
     """NaN around the inputs, and in memory not yet written (conftest), change no bit, nor does a second run."""
     case = case_of(entry)
@@ -82,7 +82,7 @@ def test_reads_only_its_inputs_and_repeats(entry: Entry) -> None:
         assert torch.equal(x, case.tensors[name]), f"{name} was written to"
 
 
-@pytest.mark.parametrize("entry", entries(reference=False))
+@pytest.mark.parametrize("entry", list(entries(reference=False)))
 def test_any_number_of_threads(entry: Entry) -> None:
     case, before = case_of(entry), torch.get_num_threads()
     if entry[2] != "cpu":
@@ -98,7 +98,7 @@ def test_any_number_of_threads(entry: Entry) -> None:
     assert_same(results[2], results[0])
 
 
-@pytest.mark.parametrize("entry", entries(reference=False))
+@pytest.mark.parametrize("entry", list(entries(reference=False)))
 def test_one_gradient_at_a_time(entry: Entry) -> None:
     """Whether gradients are asked for, of all inputs, of one or of none, the bits are the same."""
     case = case_of(entry)

@@ -33,7 +33,7 @@ class Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("entry", entries(reference=False))
+@pytest.mark.parametrize("entry", list(entries(reference=False)))
 def test_opcheck(entry: Entry) -> None:
     """Schemas, fakes (with their strides) and functionalisation, for the arguments that each case leads to."""
     case = case_of(entry)
