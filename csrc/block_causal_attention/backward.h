@@ -161,7 +161,8 @@ static void backward_chunk(const Backward& g, const Chunk& chunk, const Buffers&
   int64_t first, end;
   rows_of(g, chunk, &first, &end);
   for (int64_t head = chunk.kv_head * group; head < (chunk.kv_head + 1) * group; ++head)
-    for (int64_t row = (attention::tiles(end) - 1) * TILE; row > first - TILE; row -= TILE)  // downwards: the next chunk follows
+    // Downwards: the next chunk, which begins at the same tile, follows one step behind.
+    for (int64_t row = (attention::tiles(end) - 1) * TILE; row > first - TILE; row -= TILE)
       backward_tile(g, chunk, {chunk.batch, head, chunk.kv_head, row, least(TILE, shape.q_len - row)}, b);
   for (int64_t i = 0; i < keys; ++i) {
     float* dk = at(g.dk, chunk.batch, chunk.kv_head, chunk.key + i);

@@ -16,8 +16,8 @@ namespace {
 constexpr std::align_val_t ALIGNMENT{64};
 constexpr double LEAST_WORK = 1 << 19;  // multiply-adds for which waking another thread pays
 
-// Threads draw items from a counter and call each(workspace, begin, end): begun in ascending order, and none idles while
-// there are more.
+// Threads draw items from a counter and call each(workspace, begin, end): they are begun in ascending order, and no
+// thread idles while there are more.
 template <class Each>
 void run(int64_t items, int64_t workspace, double work, const Each& each) {
   const auto threads = std::min<int64_t>(torch::stable::get_num_threads(), int64_t(work / LEAST_WORK) + 1);

@@ -237,7 +237,7 @@ inline vector<Problem> problems() {
       {"nothing seen", {1, 2, 1, 70, 70, 8, 8, 1}, {Sees(70)}},
       {"one", {1, 1, 1, 1, 1, 1, 1, 1}, {block_causal(1, 1, 1, 1, 1)}},
   };
-  for (int i = 0; i < 80; ++i) {
+  for (int i = 0; i < 48; ++i) {
     const int64_t batch = draw(1, 3), kv_heads = draw(1, 2), q_heads = kv_heads * draw(1, 3);
     const int64_t q_len = draw(1, 200), k_len = draw(1, 200), dim = draw(1, 100), value_dim = draw(1, 100);
     Problem p{"random " + std::to_string(i), {batch, q_heads, kv_heads, q_len, k_len, dim, value_dim, scale(dim)}, {}};
