@@ -31,10 +31,10 @@ ifeq ($(cxx),)
 else
 	$(cmake) -B build/test -DMIRASOL_INSPECT=ON -DPython_EXECUTABLE=$(CURDIR)/$(python)
 	.venv/bin/cmake --build build/test
-	.venv/bin/ctest --test-dir build/test --output-on-failure
+	.venv/bin/ctest --test-dir build/test --parallel 2 --output-on-failure
 	$(cmake) -B build/sanitize -DMIRASOL_SANITIZE=ON
 	.venv/bin/cmake --build build/sanitize
-	.venv/bin/ctest --test-dir build/sanitize --output-on-failure
+	.venv/bin/ctest --test-dir build/sanitize --parallel 2 --output-on-failure
 endif
 
 # Two processes of one thread each: what the smallest machine in use has.
