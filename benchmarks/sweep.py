@@ -222,7 +222,7 @@ def sweep(options: argparse.Namespace, clip: Clip, device: str) -> dict[str, Any
     sizes, known = sorted(set(options.frames)), BACKENDS[device]
     total = sum(sizes) * len(report["combiners"]) * (1 + 2 * len(known))
     form = "{desc:<42} {percentage:3.0f}% |{bar}| {elapsed}, {remaining} left"
-    with tqdm(total=total, bar_format=form, dynamic_ncols=True) as bar:
+    with tqdm(total=total, bar_format=form, dynamic_ncols=True, disable=None) as bar:  # on a terminal only
         for combiner in report["combiners"]:
             model = build(configure(options.preset, combiner), device)
             models = model, copy.deepcopy(model).double()

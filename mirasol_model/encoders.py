@@ -256,9 +256,9 @@ class AudioTokenizer(_Tokenizer):
 class Block(nn.Module):
     """Pre-norm transformer block of google-research/scenic@4a38d475: x + attention(LN(x)), x + MLP(LN(x))."""
 
-    def __init__(self, dim: int, heads: int, mlp_dim: int, dropout: float):
+    def __init__(self, dim: int, heads: int, mlp_dim: int):
         super().__init__()
-        self.heads, self.dropout = heads, dropout
+        self.heads = heads
         self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS)
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
@@ -278,11 +278,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor, seen: Tensor | None) -> Tensor:
         q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (N, heads, n, d)
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2).flatten(2)  # (N, n, D)
-        x = x + self._drop(self.proj(attended))
-        return x + self._drop(self.fc2(self._drop(F.gelu(self.fc1(self.norm2(x)), approximate="tanh"))))
-
-    def _drop(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.dropout, self.training)
+        x = x + self.proj(attended)
+        return x + self.fc2(F.gelu(self.fc1(self.norm2(x)), approximate="tanh"))
 
 
 class ViT(nn.Module):
@@ -292,12 +289,12 @@ class ViT(nn.Module):
     as zeros and get no gradient; a row without any is zeros. Positions are in the tokens already.
     """
 
-    def __init__(self, dim: int, layers: int, heads: int, mlp_dim: int, dropout: float = 0.0):
+    def __init__(self, dim: int, layers: int, heads: int, mlp_dim: int):
         super().__init__()
         if dim % heads:
             raise ValueError(f"ViT: heads: expected a divisor of dim {dim}, got {heads}")
         self.dim = dim
-        self.blocks = nn.ModuleList(Block(dim, heads, mlp_dim, dropout) for _ in range(layers))
+        self.blocks = nn.ModuleList(Block(dim, heads, mlp_dim) for _ in range(layers))
         self.norm = nn.LayerNorm(dim, eps=NORM_EPS)
 
     def forward(self, tokens: Tensor, valid: Tensor | Sequence[int] | None = None) -> Tensor:

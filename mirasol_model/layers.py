@@ -1,4 +1,4 @@
-"""The transformer block that every part of the model is made of, and rotary positions."""
+"""The transformer block of everything behind the encoder (which keeps that of the image ViTs), and rotary positions."""
 
 from __future__ import annotations
 

@@ -261,14 +261,6 @@ def test_vit_takes_no_mask_where_all_is_real(monkeypatch):
     assert seen == [None, None]
 
 
-def test_dropout_is_for_training():
-    vit = ViT(12, 1, 2, 24, dropout=0.5)
-    tokens = torch.rand(1, 5, 12)
-    assert not torch.equal(vit(tokens), vit(tokens))
-    vit.eval()
-    assert torch.equal(vit(tokens), vit(tokens))
-
-
 def test_compiles_in_one_graph():
     """Sizes other than the declared one, uint8, and padded rows included."""
     vit, tubes, patches = ViT(12, 1, 2, 24), TubeTokenizer(12, TUBES_8, frames=8), AudioTokenizer(12)
