@@ -1,9 +1,11 @@
 """The main job, small: the sweep's table, files and errors."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -18,8 +20,9 @@ ROOT = harness.ROOT
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """`python -m benchmarks.sweep` as a user types it -> the finished process, its folder, its report."""
-    out = tmp_path_factory.mktemp("sweep") / "new" / "folder"
+    """`python -m benchmarks.sweep` on a terminal -> what it printed and showed, its folder, its report."""
+    folder = tmp_path_factory.mktemp("sweep")
+    out = folder / "new" / "folder"
     command = [
         sys.executable,
         "-W",
@@ -36,24 +39,32 @@ def run(tmp_path_factory):
         "--out",
         str(out),
     ]
-    done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "MIRASOL_COMMIT": "a plain copy"}
-    )
-    assert done.returncode == 0, done.stderr
-    return done, out, json.loads((out / "sweep.json").read_text())
+    terminal, screen = os.openpty()
+    termios.tcsetwinsize(terminal, (24, 100))
+    with open(folder / "printed", "w") as printed:
+        environment = {**os.environ, "MIRASOL_COMMIT": "a plain copy"}
+        process = subprocess.Popen(command, cwd=ROOT, stdout=printed, stderr=screen, env=environment)
+    os.close(screen)
+    shown = b""
+    with contextlib.suppress(OSError):  # Linux ends the reading with an error once the other side is closed
+        while piece := os.read(terminal, 4096):
+            shown += piece
+    os.close(terminal)
+    assert process.wait() == 0, shown.decode()
+    return (folder / "printed").read_text(), shown.decode(), out, json.loads((out / "sweep.json").read_text())
 
 
 def test_table(run):
-    done, out, report = run
-    lines = done.stdout.splitlines()
+    printed, shown, out, report = run
+    lines = printed.splitlines()
     rows = [line.split() for line in lines if line.split()[:1] in (["8"], ["16"])]
     assert [row[:3] for row in rows] == [[str(r["frames"]), r["combiner"], r["backend"]] for r in report["rows"]]
     assert lines[-1] == f"wrote {out / 'sweep.json'} and {out / 'sweep.png'}"
-    assert "16 frames, all" in done.stderr and "100%" in done.stderr  # the progress bar
+    assert "16 frames, all" in shown and "100%" in shown  # the progress bar
 
 
 def test_report(run):
-    _, _, report = run
+    *_, report = run
     rows = report["rows"]
     assert report["machine"]["commit"] == "a plain copy" and report["machine"]["threads"] >= 1
     assert report["clip"] == "sample.mp4" and report["sound"] and report["fps"] == 25
@@ -67,12 +78,12 @@ def test_report(run):
 
 
 def test_report_names_no_host_user_or_path(run):
-    text = json.dumps(run[2])
+    text = json.dumps(run[3])
     assert os.uname().nodename not in text and str(Path.home()) not in text and str(ROOT) not in text
 
 
 def test_a_backend_that_refuses_says_why(run):
-    _, _, report = run
+    *_, report = run
     ran = {row["backend"] for row in report["rows"]}
     for backend in {"native", "reference"} - ran:
         assert any(f"backend '{backend}' refuses this call: " in note for note in report["notes"])
@@ -81,7 +92,7 @@ def test_a_backend_that_refuses_says_why(run):
 def test_picture(run):
     from matplotlib import image
 
-    picture = image.imread(run[1] / "sweep.png")
+    picture = image.imread(run[2] / "sweep.png")
     assert picture.shape[1] > 1000 and picture[..., 3].max() == 1  # drawn, on a transparent ground
 
 
