@@ -109,7 +109,10 @@ def build_requirements() -> list[str]:
 
 def run(*command: object) -> None:
     """Run, show the output, and fail with the first line that tells an error."""
-    done = subprocess.run([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        done = subprocess.run([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    except FileNotFoundError:
+        raise RuntimeError(f"{command[0]} is not installed, and --no-build-isolation does not install it") from None
     print(done.stdout, flush=True)
     if done.returncode:
         lines = [line.strip().replace(f"{ROOT}/", "") for line in done.stdout.splitlines() if line.strip()]

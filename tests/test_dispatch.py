@@ -1,6 +1,7 @@
 """Who runs a call, who does not, and the reason; on a toy op, so that it holds whatever is compiled here."""
 
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -151,7 +152,10 @@ def test_a_choice_survives_fork(toy):
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
-@pytest.mark.parametrize("backend", ["eager", "inductor"])
+needs_compiler = pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "c++")), reason="no C++ compiler")
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=needs_compiler)])
 def test_a_compiled_function_chooses_again(toy, backend):
     torch._dynamo.reset()
     compiled = torch.compile(toy, fullgraph=True, backend=backend)

@@ -47,6 +47,7 @@ class Environment:
     def run(self, *command: object, ok: bool | None = True, **environment: str) -> str:
         """Output and errors of `python command`; ok: whether it must succeed, None if either will do."""
         clean = {k: v for k, v in os.environ.items() if not k.startswith("MIRASOL_") and k != "PYTHONPATH"}
+        clean["PATH"] += f"{os.pathsep}{Path(sys.executable).parent}"  # cmake and ninja, where the system has none
         done = subprocess.run(
             [str(self.python), *map(str, command)],
             cwd=self.home,  # not the repository: what is installed must be what is found
@@ -173,6 +174,11 @@ def test_broken_compiler(env, tree, tmp_path):
     env.install(tree, CXX=str(compiler))
     assert re.match(r"build failed: CMake Error .* compiler", env.pure())
     assert "Tag: py3-none-any" in next(env.site.glob("mirasol_kernels-*/WHEEL")).read_text()
+
+
+def test_no_cmake(env, tree, empty):
+    env.install(tree, PATH=empty, CXX=sys.executable)  # some program: nothing gets as far as calling it
+    assert env.pure() == "build failed: cmake is not installed, and --no-build-isolation does not install it"
 
 
 @compiled
