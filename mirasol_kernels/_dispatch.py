@@ -89,6 +89,9 @@ class Backend(NamedTuple):
                 break
         if self.absent is not None:
             return self.absent
+        # Dynamo traces through an autograd.Function that torch.func differentiates as if it had no backward: zeros.
+        if torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+            return "torch.func inside torch.compile would lose its gradient"
         return self.why_not(*args)
 
 

@@ -75,12 +75,11 @@ def block_causal_attention(
             "(causal: SnippetLayout.uniform(tokens, 1)), any number of query heads per key head works as it is, "
             "and there is no dropout, bias or softcap"
         )
-    check(q, k, v)
+    q, k, v = checked(q, k, v)
     check_scale(OP.name, scale)
     if not isinstance(layout, SnippetLayout):
         raise TypeError(f"{OP.name}: layout: expected a SnippetLayout, got {type(layout).__name__}")
     layout.validate(q.shape[2], k.shape[2], q.shape[0], op=OP.name)
-    q, k, v = cast(q, k, v)
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     tables = layout.tables(q.device)
     chosen = OP.select((q, k, v, *tables, scale, backend), backend)
@@ -91,15 +90,18 @@ def block_causal_attention(
     return (out, lse) if return_lse else out
 
 
-def check(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Raise unless attention of q, k and v, of any length, is defined."""
+def checked(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v as autocast has them; raises unless attention of them, of any length, is defined."""
     op = OP.name
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{op}: {name}: expected a tensor, got {type(x).__name__}")
         if x.ndim != 4:
             raise ValueError(f"{op}: {name}: expected 4 dimensions (batch, heads, tokens, head_dim), got {shape(x)}")
-    dtype, device = q.dtype, q.device
+    device = q.device
+    if torch.is_autocast_enabled(device.type):
+        q, k, v = (cast(x, torch.get_autocast_dtype(device.type)) for x in (q, k, v))
+    dtype = q.dtype
     if dtype not in DTYPES:
         raise TypeError(f"{op}: q: expected float32, float16, bfloat16 or float64, got {dtype}")
     for name, x in (("k", k), ("v", v)):
@@ -120,6 +122,7 @@ def check(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"{op}: v: expected head_dim 1 .. {LARGEST_HEAD}, got {value_dim}")
     if heads < 1 or k_heads < 1 or heads % k_heads:
         raise ValueError(f"{op}: q: expected heads a multiple of the {k_heads} of k, got {heads}")
+    return q, k, v
 
 
 def check_scale(op: str, scale: float | None) -> None:
@@ -131,10 +134,6 @@ def shape(x: Tensor) -> tuple[int, ...]:
     return tuple(x.shape)
 
 
-def cast(*operands: Tensor) -> tuple[Tensor, ...]:
-    """What autocast does to the operands of attention; float64 is left alone, as it does."""
-    device = operands[0].device.type
-    if not torch.is_autocast_enabled(device) or operands[0].dtype == torch.float64:
-        return operands
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(x.to(dtype) for x in operands)
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """What autocast does to an operand of attention; it leaves float64 alone."""
+    return x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x

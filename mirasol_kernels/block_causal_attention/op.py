@@ -89,16 +89,18 @@ def fused(backend: Backend, q: Tensor, k: Tensor, v: Tensor, tables: LayoutTable
     """out and lse on `backend`, differentiable once.  torch's wrapping of a call costs more than a small call itself:
     only what is differentiated pays for it, and only under torch.func for what torch.func needs."""
     q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
-    if torch.compiler.is_compiling() or transformed():
-        return Fused.apply(q, k, v, *tables, scale, backend.name)
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return Eager.apply(q, k, v, *tables, scale, backend.name)
-    return backend.calls["fwd"](q, k, v, tables.q_offsets, tables.k_ranges, scale)
-
-
-def transformed() -> bool:
-    """Whether torch.func or forward-mode differentiation is at work: both see through `Fused` only."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    function: type[Fused] = Fused
+    if torch.compiler.is_compiling():  # Dynamo takes no tensor twice
+        k, v = k.view_as(k) if k is q else k, v.view_as(v) if v is k or v is q else v
+    else:
+        # Private, but what torch's own autograd.Function asks, and torch.func and dual numbers see no other way.
+        if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+            function = Transformed
+        elif torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+            function = Eager
+        else:
+            return backend.calls["fwd"](q, k, v, tables.q_offsets, tables.k_ranges, scale)
+    return function.apply(q, k, v, *tables, scale, backend.name)
 
 
 class Fused(torch.autograd.Function):
@@ -124,10 +126,6 @@ class Fused(torch.autograd.Function):
         return *grads, None, None, None, None, None, None, None
 
     @staticmethod
-    def jvp(ctx, *_):
-        raise once(ctx.backend, "forward-mode differentiation")
-
-    @staticmethod
     def vmap(info, in_dims, *args):
         """The mapped dimension joins the batch."""
         return _over_batch(Fused, info.batch_size, in_dims, args, tables=3)
@@ -143,6 +141,14 @@ class Eager(Fused):
         return output
 
     setup_context = torch.autograd.Function.setup_context  # torch's sign of a forward that takes ctx
+
+
+class Transformed(Fused):
+    """The same for torch.func and forward mode: torch.compile takes no function that has a jvp."""
+
+    @staticmethod
+    def jvp(ctx, *_):
+        raise once(ctx.backend, "forward-mode differentiation")
 
 
 class Gradients(torch.autograd.Function):
