@@ -16,8 +16,7 @@ from mirasol_kernels import SnippetLayout, block_causal_attention, explain, use_
 from mirasol_kernels._check import Case, evaluate
 from mirasol_kernels.block_causal_attention import backward, cases, op, reference
 from tests.numerics import assert_close_fp64, assert_within_budget, budget
-
-FUSED = [b.name for b in op.OP.backends if b.device == "cpu"]
+from tests.ops.attention import BACKENDS, FUSED, served
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -254,17 +253,9 @@ def test_reference_in_blocks(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 
 # -------------------------------------------------------------------- what it promises
 
-BACKENDS = ["reference", *FUSED]
-
-
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
-    """Each backend that takes float32 on the CPU here."""
-    case = next(cases.cases())
-    said = explain(case.call, **case.tensors, backend=request.param)[request.param]
-    if said != "runs":
-        pytest.skip(f"{request.param}: {said}")
-    return request.param
+    return served(request.param)
 
 
 def test_what_nobody_sees_does_not_leak(backend: str) -> None:
@@ -322,38 +313,6 @@ def test_parts_merge_through_lse(backend: str) -> None:
         assert_within_budget(actual, rounded, expected)
 
 
-@pytest.mark.parametrize(
-    "layout", [SnippetLayout.uniform(3, 4), SnippetLayout.batch([SnippetLayout.uniform(3, 4)] * 2)]
-)
-def test_vmap(backend: str, layout: SnippetLayout) -> None:
-    q, k, v = torch.randn(3, 2, 4, 12, 8), torch.randn(3, 2, 2, 12, 8), torch.randn(2, 2, 12, 8, 3)
-
-    def loss(q: Tensor, k: Tensor, v: Tensor, backend: str = backend) -> Tensor:
-        out, lse = block_causal_attention(q, k, v, layout, return_lse=True, backend=backend)
-        return out.square().sum() + lse.sum()
-
-    for function in (loss, torch.func.grad(loss, argnums=(0, 1, 2))):
-        rows = [(q[i], k[i], v[..., i]) for i in range(3)]
-        mapped = tree_leaves(torch.func.vmap(function, in_dims=(0, 0, 4))(q, k, v))
-        single = zip(*[tree_leaves(function(*row)) for row in rows], strict=True)
-        exact = zip(*[tree_leaves(function(*[x.double() for x in row], "reference")) for row in rows], strict=True)
-        for actual, low, wide in zip(mapped, single, exact, strict=True):
-            assert_within_budget(actual, torch.stack(low), torch.stack(wide))
-
-
-def test_differentiated_twice(backend: str) -> None:
-    """The reference as often as one likes (gradcheck above); a fused backend says that it cannot."""
-    q, k, v = (torch.randn(1, 1, 6, 4, requires_grad=True) for _ in range(3))
-    out = block_causal_attention(q, k, v, SnippetLayout.uniform(2, 3), backend=backend)
-    (dq,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
-    if backend == "reference":
-        dq.sum().backward()
-        assert k.grad.abs().sum() > 0
-    else:
-        with pytest.raises(RuntimeError, match="differentiate twice"):
-            dq.sum().backward()
-
-
 @pytest.mark.parametrize("backend", FUSED, indirect=True)
 def test_a_fused_backend_keeps_no_scores(backend: str) -> None:
     """For backward: q, k, v, out, lse and the tables."""
@@ -372,18 +331,6 @@ def test_dtypes(dtype: torch.dtype) -> None:
     exact, actual = evaluate(case, "reference", torch.float64), evaluate(case, "reference")
     rounded = {name: x.to(actual[name].dtype) for name, x in exact.items()}
     assert_within_budget(actual["out0"], rounded["out0"], exact["out0"])  # the only rounding is that of the result
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_autocast(dtype: torch.dtype) -> None:
-    """As PyTorch's own attention: operands are cast, but not float64; what is inside stays as wide as without."""
-    q, k, v = (torch.randn(1, 2, 12, 16) for _ in range(3))
-    layout = SnippetLayout.uniform(3, 4)
-    with torch.autocast("cpu", dtype):
-        out = block_causal_attention(q, k, v, layout)
-        double = block_causal_attention(q.double(), k.double(), v.double(), layout)
-    assert torch.equal(out, block_causal_attention(q.to(dtype), k.to(dtype), v.to(dtype), layout))
-    assert double.dtype == torch.float64
 
 
 def test_return_lse_and_scale() -> None:
@@ -435,7 +382,8 @@ ERRORS = {
     "keys": (dict.fromkeys("kv", X[:, :, :5]), ValueError, "k: expected 6 .*, got 5"),
     "layout's batch": ({"layout": SnippetLayout.batch([SIX] * 3)}, ValueError, "q: expected .* 3 .*, got 2"),
     "scale": ({"scale": "1"}, TypeError, "scale: expected a number or None, got str"),
-    "dropout": ({"dropout_p": 0.1}, TypeError, "dropout_p"),
+    "dropout": ({"dropout_p": 0.1}, TypeError, "dropout_p: no such argument: .* no dropout"),
+    "mask": ({"attn_mask": X}, TypeError, "attn_mask: no such argument: layout says who sees whom"),
     "backend": ({"backend": "flash"}, ValueError, "'flash'"),
     "absent backend": ({"backend": "triton"}, NotImplementedError, "backend 'triton' refuses this call: "),
 }
