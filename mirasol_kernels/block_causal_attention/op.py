@@ -12,21 +12,24 @@ from torch.autograd import forward_ad
 from mirasol_kernels._dispatch import Backend, Op, wanted_backend
 from mirasol_kernels.layout import LayoutTables
 
-FWD = "(Tensor q, Tensor k, Tensor v, Tensor q_offsets, Tensor k_ranges, float scale) -> (Tensor, Tensor)"
+# Results: out, lse, and what the rounding of lse to float32 left out, which backward wants: at scores of 1e4 half an
+# ulp is 5e-4, far more than exp(score - lse) may lose.  Its unit is a matter between forward and backward of a backend.
+FWD = "(Tensor q, Tensor k, Tensor v, Tensor q_offsets, Tensor k_ranges, float scale) -> (Tensor, Tensor, Tensor)"
 BWD = (
-    "(Tensor dout, Tensor dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor q_offsets, "
-    "Tensor k_ranges, Tensor k_offsets, Tensor q_index, Tensor q_ranges, float scale) -> (Tensor, Tensor, Tensor)"
+    "(Tensor dout, Tensor dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor lse_low, "
+    "Tensor q_offsets, Tensor k_ranges, Tensor k_offsets, Tensor q_index, Tensor q_ranges, float scale) "
+    "-> (Tensor, Tensor, Tensor)"
 )
 
 
 def _fake_fwd(
     q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, k_ranges: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     batch, heads, rows, _ = q.shape
     lse = q.new_empty(batch, heads, rows, dtype=torch.promote_types(q.dtype, torch.float32))
     if q.stride(1) < q.stride(2):  # a view of (B, N, H, D): the result is one too
-        return q.new_empty(batch, rows, heads, v.shape[3]).transpose(1, 2), lse
-    return q.new_empty(batch, heads, rows, v.shape[3]), lse
+        return q.new_empty(batch, rows, heads, v.shape[3]).transpose(1, 2), lse, torch.empty_like(lse)
+    return q.new_empty(batch, heads, rows, v.shape[3]), lse, torch.empty_like(lse)
 
 
 def _fake_bwd(dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -47,7 +50,7 @@ VERIFIED: dict[tuple[int, int], str] = {}
 
 
 def _native(q: Tensor, *_: Any) -> str | None:
-    return None if q.dtype == torch.float32 else "float32 only"
+    return "no float64" if q.dtype == torch.float64 else None
 
 
 def _cuda(q: Tensor, *rest: Any) -> str | None:
@@ -99,8 +102,8 @@ def fused(backend: Backend, q: Tensor, k: Tensor, v: Tensor, tables: LayoutTable
         elif torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
             function = Eager
         else:
-            return backend.calls["fwd"](q, k, v, tables.q_offsets, tables.k_ranges, scale)
-    return function.apply(q, k, v, *tables, scale, backend.name)
+            return backend.calls["fwd"](q, k, v, tables.q_offsets, tables.k_ranges, scale)[:2]
+    return function.apply(q, k, v, *tables, scale, backend.name)[:2]
 
 
 class Fused(torch.autograd.Function):
@@ -113,10 +116,11 @@ class Fused(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         *tensors, ctx.scale, ctx.backend = inputs
+        ctx.mark_non_differentiable(output[2])
         ctx.save_for_backward(*tensors[:3], *output, *tensors[3:])
 
     @staticmethod
-    def backward(ctx, dout, dlse):
+    def backward(ctx, dout, dlse, _):
         # A gradient may have any strides: that of a sum is one number, expanded.
         args = unit_stride(dout), dlse.contiguous(), *ctx.saved_tensors, ctx.scale
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph: what AOTAutograd refuses
@@ -174,7 +178,7 @@ class Gradients(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, *args):
-        return _over_batch(Gradients, info.batch_size, in_dims, args, tables=7)
+        return _over_batch(Gradients, info.batch_size, in_dims, args, tables=8)
 
 
 def once(backend: str, wanted: str) -> NotImplementedError:
