@@ -253,6 +253,7 @@ def test_reference_in_blocks(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 
 # -------------------------------------------------------------------- what it promises
 
+
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
     return served(request.param)
