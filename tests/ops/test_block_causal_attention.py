@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from mirasol_kernels._check import evaluate
 from mirasol_kernels.block_causal_attention import backward, cases, op, reference
 from tests.numerics import assert_close_fp64, assert_within_budget
 from tests.ops.attention import BACKENDS, FUSED, served
+from tests.test_every_backend import DTYPES
 
 # -------------------------------------------------------------------- the two references
 
@@ -98,14 +100,16 @@ def backend(request: pytest.FixtureRequest) -> str:
     return served(request.param)
 
 
-def test_what_nobody_sees_does_not_leak(backend: str) -> None:
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def test_what_nobody_sees_does_not_leak(backend: str, dtype: torch.dtype) -> None:
     """NaN and infinity in keys and values that no row sees, and in rows that see nothing, change no bit."""
+    served(backend, dtype)
     problem = cases.PROBLEMS["empty_rows"]
-    case = cases.build("leak", problem)
+    case = cases.build("leak", problem, dtype=dtype)
     clean = evaluate(case, backend)
+    mask = problem.layout().dense_mask()[0]
     for poison in (torch.nan, torch.inf):
         tensors = {name: x.clone() for name, x in case.tensors.items()}
-        mask = problem.layout().dense_mask()[0]
         tensors["q"][:, :, ~mask.any(1)] = poison
         tensors["k"][:, :, ~mask.any(0)] = poison
         tensors["v"][:, :, ~mask.any(0)] = poison
@@ -115,6 +119,56 @@ def test_what_nobody_sees_does_not_leak(backend: str) -> None:
     assert (clean["out0"][:, :, empty] == 0).all() and (clean["out1"][:, :, empty] == -torch.inf).all()
     assert (clean["dq"][:, :, empty] == 0).all()
     assert all((clean[name][:, :, ~mask.any(0)] == 0).all() for name in ("dk", "dv"))
+
+
+def test_gradients_of_rows_that_see_nothing_do_not_leak(backend: str) -> None:
+    """What arrives at their out and their lse of -inf, be it NaN, goes nowhere."""
+    problem = cases.PROBLEMS["empty_rows"]
+    case = cases.build("leak", problem)
+    tensors = [x.requires_grad_() for x in case.tensors.values()]
+    outputs = case.call(*tensors, backend=backend)
+    arriving = [torch.randn_like(out) for out in outputs]
+    clean = torch.autograd.grad(outputs, tensors, arriving, retain_graph=True)
+    empty = ~problem.layout().dense_mask()[0].any(1)
+    for poison in (torch.nan, torch.inf):
+        poisoned = [x.clone() for x in arriving]
+        for x in poisoned:
+            x[:, :, empty] = poison
+        for actual, expected in zip(
+            torch.autograd.grad(outputs, tensors, poisoned, retain_graph=True), clean, strict=True
+        ):
+            assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("far", ["batch", "heads", "tokens"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_beyond_31_bits(backend: str, dtype: torch.dtype, far: str) -> None:
+    """Elements whose index in memory no int32 holds are those of compact copies: results and gradients, bit by bit."""
+    served(backend, dtype)
+    size = torch.Size((2, 2, 5, 8))
+    strides = [80, 40, 8, 1]
+    step = {"batch": 2**31, "heads": 2**31, "tokens": 2**29}[far]
+    strides[["batch", "heads", "tokens"].index(far)] = step
+    # Zeros from the system, which lends no page before it is touched: gigabytes that cost nothing.
+    width = torch.empty((), dtype=dtype).element_size()
+    memory = torch.from_numpy(np.zeros(width * (2**31 + 2**12), np.uint8)).view(dtype)
+
+    def place(i: int) -> Tensor:
+        return memory.as_strided(size, strides, 200 * i).copy_(torch.randn(size))
+
+    *placed, dout = (place(i) for i in range(4))
+    assert all(
+        x.storage_offset() + sum((n - 1) * s for n, s in zip(size, strides, strict=True)) >= 2**31 for x in placed
+    )
+
+    def results(tensors: list[Tensor], dout: Tensor) -> tuple[Tensor, ...]:
+        tensors = [x.detach().requires_grad_() for x in tensors]
+        out = block_causal_attention(*tensors, SnippetLayout.ragged([2, 3]), backend=backend)
+        return out.detach(), *torch.autograd.grad(out, tensors, dout)
+
+    compact = results([x.contiguous() for x in placed], dout.contiguous())
+    for actual, expected in zip(results(placed, dout), compact, strict=True):
+        assert torch.equal(actual, expected)
 
 
 def test_causality(backend: str) -> None:
