@@ -104,11 +104,12 @@ def checked(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     dtype = q.dtype
     if dtype not in DTYPES:
         raise TypeError(f"{op}: q: expected float32, float16, bfloat16 or float64, got {dtype}")
-    for name, x in (("k", k), ("v", v)):
-        if x.dtype != dtype:
-            raise TypeError(f"{op}: {name}: expected {dtype} like q, got {x.dtype}")
-        if x.device != device:
-            raise ValueError(f"{op}: {name}: expected device {device} like q, got {x.device}")
+    if not (k.dtype == v.dtype == dtype and k.device == v.device == device):
+        for name, x in (("k", k), ("v", v)):
+            if x.dtype != dtype:
+                raise TypeError(f"{op}: {name}: expected {dtype} like q, got {x.dtype}")
+            if x.device != device:
+                raise ValueError(f"{op}: {name}: expected device {device} like q, got {x.device}")
     batch, heads, _, dim = q.shape
     k_batch, k_heads, tokens, k_dim = k.shape
     v_batch, v_heads, v_tokens, value_dim = v.shape

@@ -91,18 +91,18 @@ def calls(backend: str) -> dict[str, Any]:
 def fused(backend: Backend, q: Tensor, k: Tensor, v: Tensor, tables: LayoutTables, scale: float) -> tuple[Tensor, ...]:
     """out and lse on `backend`, differentiable once.  torch's wrapping of a call costs more than a small call itself:
     only what is differentiated pays for it, and only under torch.func for what torch.func needs."""
-    q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
+    if not q.stride(3) == k.stride(3) == v.stride(3) == 1:
+        q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
     function: type[Fused] = Fused
     if torch.compiler.is_compiling():  # Dynamo takes no tensor twice
         k, v = k.view_as(k) if k is q else k, v.view_as(v) if v is k or v is q else v
+    # Private, but what torch's own autograd.Function asks: torch.func and dual numbers show in no other way.
+    elif torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        function = Transformed
+    elif torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        function = Eager
     else:
-        # Private, but what torch's own autograd.Function asks, and torch.func and dual numbers see no other way.
-        if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-            function = Transformed
-        elif torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-            function = Eager
-        else:
-            return backend.calls["fwd"](q, k, v, tables.q_offsets, tables.k_ranges, scale)[:2]
+        return backend.calls["fwd"](q, k, v, tables.q_offsets, tables.k_ranges, scale)[:2]
     return function.apply(q, k, v, *tables, scale, backend.name)[:2]
 
 
