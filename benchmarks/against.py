@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,8 @@ def checkout(ref: str) -> tuple[str, Path]:
     return commit, tree
 
 
-def _said(*command: str, why: str, where: Path = harness.ROOT, environment: dict[str, str] | None = None) -> str:
-    done = subprocess.run(command, cwd=where, env=environment, capture_output=True, text=True)
+def _said(*command: str, why: str, where: Path | None = None, environment: dict[str, str] | None = None) -> str:
+    done = subprocess.run(command, cwd=where or harness.ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
         lines = [line for line in (done.stderr + done.stdout).splitlines() if line.strip()]
         raise RuntimeError(": ".join([why, *lines[-1:]])[:300])
@@ -160,13 +161,13 @@ def begin(
     peers = importlib.import_module(f"benchmarks.peers.{op}").PEERS
     problem = Problem(case, dtype, direction, device, case.inputs(dtype, device, 0))
     torch.set_grad_enabled(direction == "backward")
-    call: Any = contest.Refusal(NAME, "no backend")
+    reasons = []
     for backend in names:
-        call = contest.prepare(peers[backend], problem)
-        if not isinstance(call, contest.Refusal):
-            break
-    if isinstance(call, contest.Refusal):
-        raise NotImplementedError(call.reason)
-    sets = itertools.cycle(contest.input_sets(problem))
-    results = tuple(x.detach().cpu() for x in call(*problem.inputs))
-    return lambda: harness.clock(contest.repeated(call, sets), device), results
+        tried = contest.attempt(peers[backend], problem)
+        if isinstance(tried, contest.Refusal):
+            reasons.append(f"{backend}: {tried.reason}")
+            continue
+        call, results = tried
+        work = contest.taking_turns(call, itertools.cycle(contest.input_sets(problem)))
+        return partial(harness.clock, work, device), tuple(x.cpu() for x in results)
+    raise NotImplementedError("; ".join(reasons))

@@ -67,15 +67,14 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 
-def prepare(peer: Peer, problem: Problem) -> Call | Refusal:
-    """Refused where the peer says so, and where it fails: then with the failure as the reason."""
+def attempt(peer: Peer, problem: Problem) -> tuple[Call, tuple[Tensor, ...]] | Refusal:
+    """The call and its first results.  Refused where the peer says so, and where it fails, with the failure."""
     reason = peer.why_not(problem)
     if reason is not None:
         return Refusal(peer.name, reason)
     try:
         call = peer.prepare(problem)
-        call(*problem.inputs)
-        return call
+        return call, tuple(x.detach() for x in call(*problem.inputs))
     except NotImplementedError as refusal:
         return Refusal(peer.name, str(refusal).splitlines()[0])
     except Exception as failure:  # somebody else's code: whatever it raises is its reason
@@ -84,23 +83,27 @@ def prepare(peer: Peer, problem: Problem) -> Call | Refusal:
         return Refusal(peer.name, first_line(failure))
 
 
-def repeated(call: Call, sets: Iterator[tuple[Tensor, ...]]) -> Callable[[], Any]:
+def taking_turns(call: Call, sets: Iterator[tuple[Tensor, ...]]) -> Callable[[], Any]:
     return lambda: call(*next(sets))
 
 
-def enter(problem: Problem, peers: Sequence[Peer]) -> tuple[list[Candidate], list[Refusal]]:
-    """Everybody who can do this call, with what they computed, and the reasons of the others."""
-    turns = itertools.cycle(input_sets(problem))
+def enter(problem: Problem, peers: Sequence[Peer], warmup: float) -> tuple[list[Candidate], list[Refusal]]:
+    """Everybody who can do this call, warm, with what they computed, and the reasons of the others."""
+    sets = itertools.cycle(input_sets(problem))
     ready, refused = [], []
     for peer in peers:
         if problem.device not in peer.devices or problem.dtype not in peer.dtypes:
             continue
-        call = prepare(peer, problem)
-        if isinstance(call, Refusal):
-            refused.append(call)
+        tried = attempt(peer, problem)
+        if isinstance(tried, Refusal):
+            refused.append(tried)
             continue
-        results = tuple(x.detach() for x in call(*problem.inputs))
-        ready.append(Candidate(peer.name, peer.ours, results, repeated(call, turns)))
+        call, results = tried
+        work = call if hasattr(call, "clock") else taking_turns(call, sets)
+        spent = 0.0
+        while spent < warmup:
+            spent += harness.clock(work, problem.device)
+        ready.append(Candidate(peer.name, peer.ours, results, work))
     return ready, refused
 
 
@@ -127,7 +130,7 @@ def compete(
     case, dtype, direction = problem.case, problem.dtype, problem.direction
     key = {"case": case.name, "kind": case.kind, "dtype": dtype_name(dtype), "direction": direction}
     truth = case.truth(problem.inputs, direction)
-    candidates, refusals = enter(problem, peers)
+    candidates, refusals = enter(problem, peers, effort.warmup)
     notes = [key | refusal._asdict() for refusal in refusals]
     verdicts = {candidate.name: judge(candidate, truth) for candidate in candidates}
     for candidate in list(candidates):
@@ -139,9 +142,7 @@ def compete(
     works = {candidate.name: candidate.work for candidate in candidates}
     ours = {candidate.name: candidate.ours for candidate in candidates}
     del candidates  # and with them the results, which may be large
-    timings = harness.interleave(
-        works, rounds=effort.rounds, warmup=effort.warmup, budget=effort.seconds, device=problem.device
-    )
+    timings = harness.interleave(works, rounds=effort.rounds, warmup=0, budget=effort.seconds, device=problem.device)
     least = floor(case, dtype, direction, limits)
     rows = [
         key

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -124,15 +123,3 @@ def summary(report: Row) -> str:
 
 def _against(name: str, ratio: Row) -> str:
     return f"  {ratio['mean']:>6.2f}x {name}, at least {ratio['least']:.2f}x ({ratio['least_case']})"
-
-
-def losses(summary: Sequence[Row]) -> list[str]:
-    """Where a peer is faster than ours, one line each."""
-    return list(
-        itertools.chain.from_iterable(
-            [f"{s['ours']}, {s['dtype']}, {NAMES[s['direction']]}: slower than {name} at {r['least_case']}"]
-            for s in summary
-            for name, r in s["of_each"].items()
-            if r["least"] < 1
-        )
-    )
