@@ -40,13 +40,23 @@ static int heads_of_tile(const Shape& shape) {
   return heads > 1 ? int(heads) : 1;
 }
 
-// The last tiles come first: in a causal layout they are the longest, and short ones even out the threads at the end.
-static Tile tile_of(const Shape& shape, int64_t item) {
+int64_t attention_tiles(const Shape& shape) {
+  return shape.batch * (shape.q_heads / heads_of_tile(shape)) * attention::tiles(shape.q_len);
+}
+
+// Tile number `number` of kv head `kv` (of all batch rows).  The last rows come first: in a causal layout they see the
+// most, and short tiles even out the threads at the end.
+static Tile tile_of(const Shape& shape, int64_t kv, int64_t number) {
   const int packed = heads_of_tile(shape);
-  const int64_t per_row = shape.q_heads / packed, head = item % per_row * packed, heads = shape.batch * per_row;
-  const int64_t row = (attention::tiles(shape.q_len) - 1 - item / heads) * TILE;
-  const int64_t kv_head = head / (shape.q_heads / shape.kv_heads);
-  return {item % heads / per_row, head, kv_head, row, least(TILE, shape.q_len - row), packed};
+  const int64_t group = shape.q_heads / shape.kv_heads, per_row = group / packed;
+  const int64_t row = (attention::tiles(shape.q_len) - 1 - number / per_row) * TILE, kv_head = kv % shape.kv_heads;
+  return {kv / shape.kv_heads, kv_head * group + number % per_row * packed, kv_head, row,
+          least(TILE, shape.q_len - row), packed};
+}
+
+static Tile tile_of(const Shape& shape, int64_t item) {
+  const int64_t kv_heads = shape.batch * shape.kv_heads;
+  return tile_of(shape, item % kv_heads, item / kv_heads);
 }
 
 // Of a lane, among (batch, q_heads, q_len).
