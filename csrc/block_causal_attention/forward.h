@@ -52,39 +52,34 @@ static void raise_tops(const Shape& shape, float factor, int lanes, Running& run
     store(run.fresh + lane, hidden), store(run.top + lane, top), store(run.base + lane, base);
     if (!any(shrink != 1.0f)) continue;
     store(run.total + lane, load(run.total + lane) * shrink);
-    for (float* o = out + lane; o < out + shape.value_dim * TILE; o += TILE) store(o, load(o) * shrink);
+    float* const o = out + lane * shape.value_dim;
+    for (int64_t d = 0; d < shape.value_dim; ++d) store(o + d * WIDTH, load(o + d * WIDTH) * shrink);
   }
 }
 
-// Products of N vectors of lanes, from number v on, become exp(scale * product - base), and total grows by them.  As
-// pairs, those of keys 2 i and 2 i + 1 of a piece stand in its row i.
-template <bool PAIRS, int N>
-static void weights(const Placed& x, int v, float factor, float* scores, Running& run) {
-  const Vec scale = broadcast(factor);
-  const int lane = v * WIDTH, keys = x.piece.keys;
-  Vec base[N], total[N] = {};
-  for (int i = 0; i < N; ++i) base[i] = load(run.base + lane + i * WIDTH);
-  const auto weight = [&](const float* s, int i) {
-    Vec p = exp(fma(load(s + i * WIDTH), scale, -base[i]));
-    if (x.span.masked) p = keep(x.span.mask[v - x.span.first + i], p);
-    total[i] += p;
+// Products of a vector of lanes become exp(scale * product - base), and total grows by them.  As pairs, those of keys
+// 2 i and 2 i + 1 of a piece stand in its row i.
+template <bool PAIRS>
+static void weights(const Placed& x, int v, float factor, const Scores& scores, Running& run) {
+  const Vec scale = broadcast(factor), base = load(run.base + v * WIDTH);
+  const Bits mask = x.span.mask[v - x.span.first];
+  float* s = scores.at(x.slot, v);
+  Vec total{};
+  const auto weight = [&](int key, bool masked) {
+    Vec p = exp(fma(load(s + key * WIDTH), scale, -base));
+    if (masked) p = keep(mask, p);
+    total += p;
     return p;
   };
-  float *s = scores + x.slot * TILE + lane, *to = s;
-  if constexpr (PAIRS) {
-    for (int key = 0; key < keys; key += 2, s += 2 * TILE, to += TILE)
-      for (int i = 0; i < N; ++i) {
-        const Vec first = weight(s, i), second = key + 1 < keys ? weight(s + TILE, i) : Vec{};
-        store(to + i * WIDTH, pair(first, second));
-      }
-  } else {
-    for (int key = 0; key < keys; ++key, s += TILE)
-      for (int i = 0; i < N; ++i) store(s + i * WIDTH, weight(s, i));
-  }
-  for (int i = 0; i < N; ++i) {
-    float* sum = run.total + lane + i * WIDTH;
-    store(sum, load(sum) + total[i]);
-  }
+  const auto all = [&](bool masked) {
+    for (int key = 0; key < x.piece.keys; PAIRS ? key += 2 : ++key) {
+      const Vec first = weight(key, masked);
+      if constexpr (PAIRS) store(s + key / 2 * WIDTH, pair(first, key + 1 < x.piece.keys ? weight(key + 1, masked) : Vec{}));
+      else store(s + key * WIDTH, first);
+    }
+  };
+  x.span.masked ? all(true) : all(false);
+  store(run.total + v * WIDTH, load(run.total + v * WIDTH) + total);
 }
 
 // lse and lse_low of a row from the largest score and the sum of exp(score - top): top + log(total) in two floats.
@@ -126,14 +121,15 @@ struct Block {
 
 struct Work {  // on a tile
   Tile tile;
-  float *q, *out;  // (dim, TILE), (value_dim, TILE)
+  float *q, *out;  // (dim, TILE), (value_dim, TILE), in panels
   Running run;
   Pieces sweep;
 };
 
 // The keys of a block that a tile sees, in steps of the softmax.
 template <bool PAIRS, class T>
-static void forward_block(const Shape& shape, float scale, Block<PAIRS, T>& block, Work& w, float* s) {
+static void forward_block(const Shape& shape, float scale, Block<PAIRS, T>& block, Work& w,
+                          const Scores& s) {
   const int lanes = w.tile.lanes();
   Placed placed[FORWARD_KEYS];
   Piece piece;
@@ -143,16 +139,15 @@ static void forward_block(const Shape& shape, float scale, Block<PAIRS, T>& bloc
     int count = 0;
     for (int slot = 0; more && slot + piece.keys <= FORWARD_KEYS; more = next(w.sweep, FORWARD_KEYS, piece)) {
       Placed& x = placed[count++] = {piece, span(piece, lanes), slot};
-      scores<PAIRS>(piece.keys, x.span, w.q, shape.dim, block.keys(piece), s + slot * TILE, w.run.fresh);
+      scores<PAIRS>(piece.keys, x.span, w.q, shape.dim, block.keys(piece),
+                    {s.at(slot, 0), s.key, s.vector}, w.run.fresh);
       slot += piece.keys;
     }
     raise_tops(shape, scale, lanes, w.run, w.out);
     for (const Placed* x = placed; x < placed + count; ++x) {
-      const int end = x->span.first + x->span.count;
-      int v = x->span.first;
-      for (; v + 2 <= end; v += 2) weights<PAIRS, 2>(*x, v, scale, s, w.run);
-      if (v < end) weights<PAIRS, 1>(*x, v, scale, s, w.run);
-      gather<PAIRS>(x->piece.keys, x->span, s + x->slot * TILE, block.values(x->piece), shape.value_dim, w.out);
+      for (int v = 0; v < x->span.count; ++v) weights<PAIRS>(*x, x->span.first + v, scale, s, w.run);
+      gather<PAIRS>(x->piece.keys, x->span, {s.at(x->slot, 0), s.key, s.vector}, block.values(x->piece),
+                    shape.value_dim, w.out);
     }
   }
 }
@@ -190,7 +185,7 @@ static void forward_item(const Forward& f, int64_t item, int64_t split, int64_t 
   const int64_t first = item / kv_heads * together;
   const int count = least(together, per_kv_head - first);
   const auto take = [&](int64_t floats) { return std::exchange(space, space + floats); };
-  float* const s = take(FORWARD_KEYS * TILE);
+  const Scores s{take(FORWARD_KEYS * TILE), WIDTH, FORWARD_KEYS * WIDTH};  // in panels
   const int keys = keys_of_block(shape);
   const int64_t width = padded(shape.dim), value_width = padded(shape.value_dim);
   float *const k_space = take(keys * width), *const v_space = take(keys * value_width);
