@@ -34,11 +34,14 @@ def interleave(
     rounds: int = 20,
     warmup: float = 0.2,
     budget: float | None = None,
+    beaten: float | None = None,
     device: str = "cpu",
 ) -> dict[str, Timing]:
     """Time every candidate once per round, each round in another order, so that drifting clocks hit all alike.
 
     rounds: at most; fewer, but at least 3, once `budget` seconds are spent. warmup: seconds per candidate beforehand.
+    beaten: who takes that many times as long as the fastest leaves after 3 rounds, which do not count in the budget,
+    so that the time goes to those between whom it is close.
     """
     for work in candidates.values():
         spent = 0.0
@@ -47,6 +50,10 @@ def interleave(
     times: dict[str, list[float]] = {name: [] for name in candidates}
     names, start = list(candidates), time.perf_counter()
     for done in range(rounds):
+        if done == LEAST_ROUNDS and beaten is not None:
+            medians = {name: statistics.median(seconds) for name, seconds in times.items()}
+            names = [name for name in names if medians[name] < beaten * min(medians.values())]
+            start = time.perf_counter()
         if budget is not None and done >= LEAST_ROUNDS and time.perf_counter() - start > budget:
             break
         turn = done % len(names)

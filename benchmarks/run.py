@@ -84,7 +84,7 @@ def measure(options: argparse.Namespace, save: Callable[[dict[str, Any]], None],
     peers = [known[name] for name in options.peer]
     if other is not None:
         peers.insert(1, against.peer(options.op, [peer.name for peer in peers if peer.ours], other))
-    effort = contest.QUICK if options.quick else contest.Effort()
+    effort = contest.QUICK if options.quick else contest.Effort(seconds=options.seconds)
     report: dict[str, Any] = {
         "op": options.op,
         "machine": harness.machine(options.device),
@@ -152,6 +152,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--direction", nargs="+", choices=DIRECTIONS, default=list(DIRECTIONS), help=f"{NAMES}")
     parser.add_argument("--peer", nargs="+", help="who takes part (default: everybody)")
     parser.add_argument("--threads", type=positive, default=torch.get_num_threads())
+    parser.add_argument("--seconds", type=positive, default=4, help="of timing, per case, dtype and direction")
     parser.add_argument("--isa", choices=ISAS, help="of ours, ATen, oneDNN and MKL, where they obey")
     parser.add_argument("--against", metavar="REF", help="another commit as one more candidate")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
