@@ -167,7 +167,7 @@ def begin(
         if isinstance(tried, contest.Refusal):
             reasons.append(f"{backend}: {tried.reason}")
             continue
-        call, results = tried
+        call, results, _ = tried
         work = contest.taking_turns(call, itertools.cycle(contest.input_sets(problem)))
         return partial(harness.clock, work, device), tuple(x.cpu() for x in results)
     raise NotImplementedError("; ".join(reasons))

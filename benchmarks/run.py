@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from benchmarks import against, contest, harness, tables
 from benchmarks.cases import DIRECTIONS, NAMES
-from benchmarks.peers import Call, Peer, Problem
+from benchmarks.peers import Peer, Problem
 from mirasol_kernels.__main__ import instruction_set
 
 OPS = sorted(path.stem for path in (Path(__file__).parent / "peers").glob("[a-z]*.py"))
@@ -53,29 +53,32 @@ def suite(op: str) -> tuple[ModuleType, dict[str, Any], dict[str, Peer]]:
     return cases, cases.CASES, peers.PEERS
 
 
-def watched(job: Job) -> Callable[[], None]:
-    """In a fresh process: everything but the call."""
+def watched(job: Job) -> Callable[[], int]:
+    """In a fresh process: everything but the call, which returns the bytes in use before anything was prepared for it:
+    a mask that is kept counts, what making it takes for a moment does not."""
     torch.set_num_threads(job.threads)
     _, cases, peers = suite(job.op)
     torch.set_grad_enabled(job.direction == "backward")
 
-    def prepared(case: Any) -> tuple[Call, tuple[torch.Tensor, ...]]:
+    def problem(case: Any) -> Problem:
         inputs = case.inputs(DTYPES[job.dtype], job.device, 0)
-        return peers[job.peer].prepare(Problem(case, DTYPES[job.dtype], job.direction, job.device, inputs)), inputs
+        return Problem(case, DTYPES[job.dtype], job.direction, job.device, inputs)
 
-    call, inputs = prepared(next(case for case in cases.values() if case.kind == "quick"))
-    call(*inputs)  # libraries and threads that start with the first call are not of this call
-    call, inputs = prepared(cases[job.case])
+    small, this = problem(next(case for case in cases.values() if case.kind == "quick")), problem(cases[job.case])
+    peers[job.peer].prepare(small)(*small.inputs)  # libraries and threads that start with a first call are not of this
+    before = harness.forget_peak(job.device)
+    call = peers[job.peer].prepare(this)
 
-    def work() -> None:
-        call(*inputs)
+    def work() -> int:
+        call(*this.inputs)
+        return before
 
     return work
 
 
 def memory(job: Job) -> dict[str, Any]:
-    spent, _ = harness.peak_memory(watched, job, device=job.device)
-    return job._asdict() | {"candidate": job.peer, "bytes": spent.peak - spent.before}
+    spent, before = harness.peak_memory(watched, job, device=job.device)
+    return job._asdict() | {"candidate": job.peer, "bytes": spent.peak - before}
 
 
 def measure(options: argparse.Namespace, save: Callable[[dict[str, Any]], None], other: Any) -> dict[str, Any]:
