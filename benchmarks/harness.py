@@ -44,6 +44,8 @@ def interleave(
     beaten: who takes that many times as long as the fastest, and a twentieth of the budget, leaves after the first
     round, so that the time goes to those between whom it is close.
     """
+    if not candidates:
+        return {}
     for work in candidates.values():
         spent = 0.0
         while spent < warmup:
@@ -160,13 +162,13 @@ def error(actual: Sequence[torch.Tensor], exact: Sequence[torch.Tensor]) -> floa
 
 
 def ceilings(device: str = "cpu", *, seconds: float = 0.3) -> dict[str, float]:
-    """What this machine reaches right now: GEMM in flop/s per dtype, the best of three sizes, and copy in
+    """What this machine reaches right now: GEMM in flop/s per dtype, the best of some sizes, and copy in
     bytes/s, read plus written."""
     dtypes = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
     found: dict[str, float] = {}
     for dtype in dtypes:
         best = 0.0
-        for size in (512, 1024, 2048) if device == "cpu" else (4096, 8192, 16384):
+        for size in (256, 512, 1024, 2048) if device == "cpu" else (4096, 8192, 16384):
             flops = 2 * size**3
             if flops > seconds * best > 0:  # one product would take longer than all of them may
                 break

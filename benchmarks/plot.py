@@ -122,7 +122,7 @@ def draw_ratios(report: dict[str, Any], path: Path) -> bool:
             layout="constrained",
             squeeze=False,
         )
-        figure.suptitle(f"{report['op']}: speed of {ours} over each peer, on {where}", fontsize=12)
+        figure.suptitle(f"{report['op']}: speed of {ours} over each peer\n{where}", fontsize=11)
         for dtype, line in zip(dtypes, grid, strict=False):
             for direction, axes in zip(directions, line, strict=False):
                 axes.set_title(f"{dtype}, {NAMES[direction]}", fontsize=10)

@@ -86,7 +86,8 @@ def measure(options: argparse.Namespace, save: Callable[[dict[str, Any]], None],
     _, cases, known = suite(options.op)
     peers = [known[name] for name in options.peer]
     if other is not None:
-        peers.insert(1, against.peer(options.op, [peer.name for peer in peers if peer.ours], other))
+        ours = [peer.name for peer in known.values() if peer.ours and options.device in peer.devices]
+        peers.insert(1, against.peer(options.op, ours, other))
     effort = contest.QUICK if options.quick else contest.Effort(seconds=options.seconds)
     report: dict[str, Any] = {
         "op": options.op,
@@ -122,7 +123,7 @@ def measure(options: argparse.Namespace, save: Callable[[dict[str, Any]], None],
             report["notes"] += notes
             bar.write(tables.block(case, rows, notes, direction, dtype), file=sys.stdout)
             sys.stdout.flush()
-            if case.memory and dtype == options.dtype[0]:
+            if direction in case.memory and dtype == options.dtype[0]:
                 for row in rows:
                     if row["candidate"] in known:
                         bar.set_description(f"{case.name}: memory of {row['candidate']}")
@@ -189,7 +190,8 @@ def with_isa(isa: str, arguments: Sequence[str]) -> int | None:
     if all(os.environ.get(name) == value for name, value in forced.items()):
         return None
     command = [sys.executable, "-m", "benchmarks.run", *arguments]
-    return subprocess.run(command, env={**os.environ, **forced, "PYTHONPATH": str(harness.ROOT)}).returncode
+    path = os.pathsep.join(filter(None, [str(harness.ROOT), os.environ.get("PYTHONPATH")]))
+    return subprocess.run(command, env={**os.environ, **forced, "PYTHONPATH": path}).returncode
 
 
 def red(op: str) -> bool:
