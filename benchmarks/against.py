@@ -7,6 +7,7 @@ times its own calls when it is its turn: what passes between the processes is no
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import itertools
 import os
@@ -95,7 +96,8 @@ class Other:
 
     def close(self) -> None:
         assert self.process.stdin
-        self.process.stdin.close()
+        with contextlib.suppress(OSError):  # it may have ended by itself
+            self.process.stdin.close()
         self.process.wait()
 
 

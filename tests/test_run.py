@@ -219,8 +219,14 @@ def test_another_process_takes_turns():
         other.ask("results", OP, ["reference"], "no such case", torch.float32, "forward", "cpu")
     other.close()
     assert other.process.returncode == 0
-    with pytest.raises(RuntimeError, match="process ended with code 0"):
+
+
+def test_another_process_that_dies():
+    other = against.Other(harness.ROOT, 1)
+    other.process.kill()
+    with pytest.raises(RuntimeError, match="the other commit's process ended with code -9"):
         other.ask("turn")
+    other.close()
 
 
 def test_a_commit_that_does_not_build(tmp_path, monkeypatch):
