@@ -78,7 +78,7 @@ def watched(job: Job) -> Callable[[], int]:
 
 def memory(job: Job) -> dict[str, Any]:
     spent, before = harness.peak_memory(watched, job, device=job.device)
-    return job._asdict() | {"candidate": job.peer, "bytes": spent.peak - before}
+    return job._asdict() | {"candidate": job.peer, "bytes": max(0, spent.peak - before)}
 
 
 def measure(options: argparse.Namespace, save: Callable[[dict[str, Any]], None], other: Any) -> dict[str, Any]:
