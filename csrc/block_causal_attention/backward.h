@@ -26,7 +26,6 @@ struct Buffers {
 
 static Buffers buffers(const Shape& shape, float* at, int64_t* size) {
   const int64_t dim = padded(shape.dim), value_dim = padded(shape.value_dim);
-  const bool half = shape.dtype != attention::Dtype::float32;
   float* const start = at;
   Buffers b;
   const auto take = [&](int64_t rows, int64_t columns) {
@@ -38,7 +37,7 @@ static Buffers buffers(const Shape& shape, float* at, int64_t* size) {
   b.q = take(TILE, dim), b.dout = take(TILE, value_dim);
   b.p = take(BACKWARD_KEYS, TILE), b.ds = take(BACKWARD_KEYS, TILE);
   b.ds_terms = shape.pairs ? take(BACKWARD_KEYS / 2, TILE) : b.ds;
-  b.k = take(half ? BACKWARD_KEYS : 0, dim), b.v = take(half ? BACKWARD_KEYS : 0, value_dim);
+  b.k = take(BACKWARD_KEYS, dim), b.v = take(BACKWARD_KEYS, value_dim);
   b.k_terms = shape.pairs ? take(BACKWARD_KEYS / 2, dim) : b.k;
   b.dk = take(CHUNK, dim), b.dv = take(CHUNK, value_dim);
   *size = at - start;

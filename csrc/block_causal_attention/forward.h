@@ -10,11 +10,13 @@ using attention::PARALLEL;
 using attention::SPLIT_KEYS;
 
 constexpr int FORWARD_KEYS = 64;  // keys of a softmax step
-constexpr int CONVERTED_KEYS = 64;  // of these, at a time, made floats where they are not: they stay in the first cache
+constexpr int COPIED_KEYS = 96;    // of these, at a time, in one product: where they are copied, the copy stays close
 
 struct Running {  // of the softmax, per lane of the tile
   alignas(64) float top[TILE];    // largest score so far
-  alignas(64) float total[TILE];  // sum of exp(score - top)
+  alignas(64) float base[TILE];   // the same, but 0 where nothing has been seen: exp(-inf - base) is 0
+  alignas(64) float total[TILE];  // sum of exp(score - base)
+  alignas(64) float fresh[TILE];  // largest product of the current step, not yet scaled
 };
 
 struct Placed {  // a piece of the current step and where its scores stand
@@ -23,50 +25,50 @@ struct Placed {  // a piece of the current step and where its scores stand
   int slot;
 };
 
-// Scores of one vector of lanes become exp(scale * score - top), and top, total and `out` (value_dim, TILE) follow.  As
+// A step has found `fresh` products: top and base follow, and what was summed so far shrinks to the new base.
+static void raise_tops(const Shape& shape, float factor, int lanes, Running& run, float* out) {
+  const Vec scale = broadcast(factor), hidden = broadcast(-__builtin_inff());
+  for (int lane = 0; lane < lanes; lane += WIDTH) {
+    const Vec fresh = load(run.fresh + lane), old = load(run.top + lane);
+    if (!any(fresh != hidden)) continue;
+    const Vec top = max(select(fresh == hidden, hidden, fresh * scale), old);
+    const Vec base = select(top == hidden, Vec{}, top), shrink = exp(old - base);
+    store(run.fresh + lane, hidden), store(run.top + lane, top), store(run.base + lane, base);
+    if (!any(shrink != 1.0f)) continue;
+    store(run.total + lane, load(run.total + lane) * shrink);
+    for (float* o = out + lane; o < out + shape.value_dim * TILE; o += TILE) store(o, load(o) * shrink);
+  }
+}
+
+// Products of N vectors of lanes, from number v on, become exp(scale * product - base), and total grows by them.  As
 // pairs, those of keys 2 i and 2 i + 1 of a piece stand in its row i.
-template <bool PAIRS>
-static void softmax_step(const Shape& shape, float* scores, const Placed* placed, int count, int v, Running& run,
-                         float* out) {
-  const Vec scale = broadcast(shape.scale), hidden = broadcast(-__builtin_inff()), old = load(run.top + v * WIDTH);
-  Vec top = old;
-  bool touched = false;
-  for (const Placed* x = placed; x < placed + count; ++x) {
-    const int i = v - x->span.first;
-    if (i < 0 || i >= x->span.count) continue;
-    touched = true;
-    const float* s = scores + x->slot * TILE + v * WIDTH;
-    for (int key = 0; key < x->piece.keys; ++key) {
-      const Vec score = load(s + key * TILE) * scale;
-      top = max(x->span.masked ? select(x->span.mask[i], score, hidden) : score, top);  // passes over NaN
-    }
-  }
-  if (!touched) return;
-  const Vec base = select(top == hidden, Vec{}, top);  // a row that has seen nothing yet: exp(-inf) is 0
-  const Vec shrink = exp(old - base);
-  Vec total{};
-  for (const Placed* x = placed; x < placed + count; ++x) {
-    const int i = v - x->span.first;
-    if (i < 0 || i >= x->span.count) continue;
-    float* s = scores + x->slot * TILE + v * WIDTH;
-    const auto weight = [&](int key) {
-      Vec p = exp(fma(load(s + key * TILE), scale, -base));
-      if (x->span.masked) p = keep(x->span.mask[i], p);
-      total += p;
-      return p;
-    };
-    if constexpr (PAIRS) {
-      for (int key = 0; key < x->piece.keys; key += 2) {
-        const Vec first = weight(key), second = key + 1 < x->piece.keys ? weight(key + 1) : Vec{};
-        store(s + key / 2 * TILE, pair(first, second));
+template <bool PAIRS, int N>
+static void weights(const Placed& x, int v, float factor, float* scores, Running& run) {
+  const Vec scale = broadcast(factor);
+  const int lane = v * WIDTH, keys = x.piece.keys;
+  Vec base[N], total[N] = {};
+  for (int i = 0; i < N; ++i) base[i] = load(run.base + lane + i * WIDTH);
+  const auto weight = [&](const float* s, int i) {
+    Vec p = exp(fma(load(s + i * WIDTH), scale, -base[i]));
+    if (x.span.masked) p = keep(x.span.mask[v - x.span.first + i], p);
+    total[i] += p;
+    return p;
+  };
+  float *s = scores + x.slot * TILE + lane, *to = s;
+  if constexpr (PAIRS) {
+    for (int key = 0; key < keys; key += 2, s += 2 * TILE, to += TILE)
+      for (int i = 0; i < N; ++i) {
+        const Vec first = weight(s, i), second = key + 1 < keys ? weight(s + TILE, i) : Vec{};
+        store(to + i * WIDTH, pair(first, second));
       }
-    } else {
-      for (int key = 0; key < x->piece.keys; ++key) store(s + key * TILE, weight(key));
-    }
+  } else {
+    for (int key = 0; key < keys; ++key, s += TILE)
+      for (int i = 0; i < N; ++i) store(s + i * WIDTH, weight(s, i));
   }
-  store(run.total + v * WIDTH, fma(load(run.total + v * WIDTH), shrink, total));
-  store(run.top + v * WIDTH, top);
-  for (float* o = out + v * WIDTH; o < out + shape.value_dim * TILE; o += TILE) store(o, load(o) * shrink);
+  for (int i = 0; i < N; ++i) {
+    float* sum = run.total + lane + i * WIDTH;
+    store(sum, load(sum) + total[i]);
+  }
 }
 
 // lse and lse_low of a row from the largest score and the sum of exp(score - top): top + log(total) in two floats.
@@ -90,12 +92,13 @@ static void forward_tile(const Forward& f, const Tile& t, int64_t split, int64_t
   float* q = workspace;                          // (dim, TILE)
   float* out = q + shape.dim * TILE;             // (value_dim, TILE)
   float* s = out + shape.value_dim * TILE;       // (FORWARD_KEYS, TILE)
-  float* converted = s + FORWARD_KEYS * TILE;    // (CONVERTED_KEYS, padded dim)
-  constexpr int AT_A_TIME = sizeof(T) == sizeof(float) ? FORWARD_KEYS : CONVERTED_KEYS;
+  float* copied = s + FORWARD_KEYS * TILE;       // (COPIED_KEYS, padded dim)
   pack_transposed<PAIRS>(lanes_of<const T>(f.q, t), lanes, shape.dim, q);
+  const float scale = __builtin_fabsf(shape.scale);
+  if (shape.scale < 0) negate<PAIRS>(q, (PAIRS ? shape.dim / 2 : shape.dim) * TILE);  // so that the largest product has the largest score
   zero(out, shape.value_dim * TILE);
   Running run;
-  for (int i = 0; i < TILE; ++i) run.top[i] = -__builtin_inff(), run.total[i] = 0;
+  for (int i = 0; i < TILE; ++i) run.top[i] = run.fresh[i] = -__builtin_inff(), run.base[i] = run.total[i] = 0;
 
   Pieces sweep = pieces(f.seen, t.batch, t.row, t.rows, t.heads, shape.k_len * split / splits,
                         shape.k_len * (split + 1) / splits);
@@ -107,19 +110,22 @@ static void forward_tile(const Forward& f, const Tile& t, int64_t split, int64_t
     for (int slot = 0; more && slot + piece.keys <= FORWARD_KEYS; more = next(sweep, FORWARD_KEYS, piece)) {
       Placed& x = placed[count++] = {piece, span(piece, lanes), slot};
       const T* k = at<const T>(f.k, t.batch, t.kv_head, piece.key);
-      for (int key = 0; key < piece.keys; key += AT_A_TIME) {
-        const int keys = least(AT_A_TIME, piece.keys - key);
-        const Factor factor = rows_of<PAIRS>(k + key * f.k.row, f.k.row, keys, shape.dim, converted);
-        scores<PAIRS>(keys, x.span, q, shape.dim, factor, s + (slot + key) * TILE);
+      for (int key = 0; key < piece.keys; key += COPIED_KEYS) {
+        const int keys = least(COPIED_KEYS, piece.keys - key);
+        const Factor factor = rows_of<PAIRS>(k + key * f.k.row, f.k.row, keys, shape.dim, copied);
+        scores<PAIRS>(keys, x.span, q, shape.dim, factor, s + (slot + key) * TILE, run.fresh);
       }
       slot += piece.keys;
     }
-    for (int v = 0; v * WIDTH < lanes; ++v) softmax_step<PAIRS>(shape, s, placed, count, v, run, out);
+    raise_tops(shape, scale, lanes, run, out);
     for (const Placed* x = placed; x < placed + count; ++x) {
+      int v = x->span.first;
+      for (; v + 2 <= x->span.first + x->span.count; v += 2) weights<PAIRS, 2>(*x, v, scale, s, run);
+      if (v < x->span.first + x->span.count) weights<PAIRS, 1>(*x, v, scale, s, run);
       const T* value = at<const T>(f.v, t.batch, t.kv_head, x->piece.key);
-      for (int key = 0; key < x->piece.keys; key += AT_A_TIME) {
-        const int keys = least(AT_A_TIME, x->piece.keys - key);
-        const Factor factor = terms_of<PAIRS>(value + key * f.v.row, f.v.row, keys, shape.value_dim, converted);
+      for (int key = 0; key < x->piece.keys; key += COPIED_KEYS) {
+        const int keys = least(COPIED_KEYS, x->piece.keys - key);
+        const Factor factor = terms_of<PAIRS>(value + key * f.v.row, f.v.row, keys, shape.value_dim, copied);
         gather<PAIRS>(keys, x->span, s + (x->slot + (PAIRS ? key / 2 : key)) * TILE, factor, shape.value_dim, out);
       }
     }
@@ -184,7 +190,7 @@ int64_t attention_splits(const Shape& shape) {
 
 int64_t attention_workspace(const Shape& shape) {
   const int64_t widest = shape.dim > shape.value_dim ? shape.dim : shape.value_dim;
-  return (shape.dim + shape.value_dim + FORWARD_KEYS) * TILE + CONVERTED_KEYS * padded(widest);
+  return (shape.dim + shape.value_dim + FORWARD_KEYS) * TILE + COPIED_KEYS * padded(widest);
 }
 
 void attention_forward(const Forward& f, float* workspace, int64_t begin, int64_t end) {

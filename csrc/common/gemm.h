@@ -32,6 +32,8 @@ struct Product {
   int64_t c_n;
   bool add = false;            // C += B A, else C = B A
   const Bits* mask = nullptr;  // one per vector, or none: a lane that is off gets nothing, not even 0 * NaN
+  float* top = nullptr;        // (m), or none: becomes the largest of itself and its column of C, NaN passed over,
+  const Bits* on = nullptr;    // in lanes that are on (one per vector, or none: in all)
 };
 
 template <bool PAIRS>
@@ -59,6 +61,16 @@ static inline void gemm_block(Product p) {
       float* c = p.c + n * p.c_n + v * WIDTH;
       store(c, p.add ? load(c) + sum[n][v] : sum[n][v]);
     }
+  if (!p.top) return;
+#pragma GCC unroll 8
+  for (int v = 0; v < V; ++v) {
+    Vec top = sum[0][v];
+#pragma GCC unroll 8
+    for (int n = 1; n < N; ++n) top = max(sum[n][v], top);
+    float* to = p.top + v * WIDTH;
+    if (p.on) top = select(p.on[v], top, load(to));
+    store(to, max(top, load(to)));
+  }
 }
 
 // The rows left over after whole blocks, in one block of their number, at most N.
@@ -94,6 +106,8 @@ static void gemm(Product p) {
     left -= p.vectors;
     p.a += p.vectors * WIDTH, p.c += p.vectors * WIDTH;
     if (p.mask) p.mask += p.vectors;
+    if (p.top) p.top += p.vectors * WIDTH;
+    if (p.on) p.on += p.vectors;
   }
 }
 
