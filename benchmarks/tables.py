@@ -107,6 +107,8 @@ def block(case: Any, rows: Sequence[Row], notes: Sequence[Row], direction: str, 
 def summary(report: Row) -> str:
     lines = []
     for found in report["summary"]:
+        if found["ours"] == "against":  # it stands among those that native is compared with
+            continue
         what = f"{found['kind']}, {found['dtype']}, {NAMES[found['direction']]}: {found['ours']}"
         low, high = found["of_floor"]
         lines.append(f"{what}, {low:.0%} to {high:.0%} of the floor")
