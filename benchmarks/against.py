@@ -7,6 +7,7 @@ times its own calls when it is its turn: what passes between the processes is no
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import itertools
 import os
@@ -95,7 +96,8 @@ class Other:
 
     def close(self) -> None:
         assert self.process.stdin
-        self.process.stdin.close()
+        with contextlib.suppress(OSError):  # it may have ended by itself
+            self.process.stdin.close()
         self.process.wait()
 
 
@@ -167,7 +169,7 @@ def begin(
         if isinstance(tried, contest.Refusal):
             reasons.append(f"{backend}: {tried.reason}")
             continue
-        call, results = tried
+        call, results, _ = tried
         work = contest.taking_turns(call, itertools.cycle(contest.input_sets(problem)))
         return partial(harness.clock, work, device), tuple(x.cpu() for x in results)
     raise NotImplementedError("; ".join(reasons))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,13 +17,14 @@ from benchmarks.peers import Call, Peer, Problem
 from mirasol_kernels import _check
 
 MOST_SETS = 64
+BEATEN = 3.0  # times as long as the fastest
 CACHES = 2  # the sets of inputs are as large as this many last-level caches, where MOST_SETS allows
 
 
 class Effort(NamedTuple):
     rounds: int = 60  # at most
     warmup: float = 0.2  # seconds per candidate
-    seconds: float = 4.0  # per case, dtype and direction, over all candidates; at least three rounds
+    seconds: float = 4.0  # per case, dtype and direction, over all who are not BEATEN
 
 
 QUICK = Effort(rounds=5, warmup=0.01, seconds=0.2)
@@ -67,14 +69,16 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 
-def attempt(peer: Peer, problem: Problem) -> tuple[Call, tuple[Tensor, ...]] | Refusal:
-    """The call and its first results.  Refused where the peer says so, and where it fails, with the failure."""
+def attempt(peer: Peer, problem: Problem) -> tuple[Call, tuple[Tensor, ...], float] | Refusal:
+    """The call, its first results, their seconds.  Refused where the peer says so, and where it fails, with that."""
     reason = peer.why_not(problem)
     if reason is not None:
         return Refusal(peer.name, reason)
     try:
         call = peer.prepare(problem)
-        return call, tuple(x.detach() for x in call(*problem.inputs))
+        start = time.perf_counter()
+        results = tuple(x.detach() for x in call(*problem.inputs))
+        return call, results, time.perf_counter() - start
     except NotImplementedError as refusal:
         return Refusal(peer.name, str(refusal).splitlines()[0])
     except Exception as failure:  # somebody else's code: whatever it raises is its reason
@@ -98,9 +102,8 @@ def enter(problem: Problem, peers: Sequence[Peer], warmup: float) -> tuple[list[
         if isinstance(tried, Refusal):
             refused.append(tried)
             continue
-        call, results = tried
+        call, results, spent = tried
         work = call if hasattr(call, "clock") else taking_turns(call, sets)
-        spent = 0.0
         while spent < warmup:
             spent += harness.clock(work, problem.device)
         ready.append(Candidate(peer.name, peer.ours, results, work))
@@ -142,7 +145,9 @@ def compete(
     works = {candidate.name: candidate.work for candidate in candidates}
     ours = {candidate.name: candidate.ours for candidate in candidates}
     del candidates  # and with them the results, which may be large
-    timings = harness.interleave(works, rounds=effort.rounds, warmup=0, budget=effort.seconds, device=problem.device)
+    timings = harness.interleave(
+        works, rounds=effort.rounds, warmup=0, budget=effort.seconds, beaten=BEATEN, device=problem.device
+    )
     least = floor(case, dtype, direction, limits)
     rows = [
         key

@@ -3,6 +3,7 @@ process, errors against float64, and the machine with its own ceilings beside ev
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import multiprocessing
 import os
@@ -34,12 +35,17 @@ def interleave(
     rounds: int = 20,
     warmup: float = 0.2,
     budget: float | None = None,
+    beaten: float | None = None,
     device: str = "cpu",
 ) -> dict[str, Timing]:
     """Time every candidate once per round, each round in another order, so that drifting clocks hit all alike.
 
     rounds: at most; fewer, but at least 3, once `budget` seconds are spent. warmup: seconds per candidate beforehand.
+    beaten: who takes that many times as long as the fastest, and a twentieth of the budget, leaves after the first
+    round, so that the time goes to those between whom it is close.
     """
+    if not candidates:
+        return {}
     for work in candidates.values():
         spent = 0.0
         while spent < warmup:
@@ -47,6 +53,10 @@ def interleave(
     times: dict[str, list[float]] = {name: [] for name in candidates}
     names, start = list(candidates), time.perf_counter()
     for done in range(rounds):
+        if done == 1 and beaten is not None:
+            most = max(beaten * min(min(times.values())), (budget or 0.0) / 20)
+            names = [name for name in names if times[name][0] <= most]
+            start = time.perf_counter()
         if budget is not None and done >= LEAST_ROUNDS and time.perf_counter() - start > budget:
             break
         turn = done % len(names)
@@ -107,18 +117,20 @@ def peak_memory(prepare: Callable[..., Callable[[], Any]], *args: Any, device: s
 def _watched(send: Any, device: str, prepare: Callable[..., Callable[[], Any]], args: tuple) -> None:
     try:
         work = prepare(*args)
-        before = _forget_peak(device)
+        before = forget_peak(device)
         result = work()
         send.send((Memory(before, _peak(device)), result))
     except Exception as error:
         send.send(f"{type(error).__name__}: {error}")
 
 
-def _forget_peak(device: str) -> int:
+def forget_peak(device: str) -> int:
     """Start the peak anew, where the system can; -> bytes in use now."""
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)  # what is free but kept would hide what is taken next
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:  # not Linux, or not allowed: the peak then includes the preparation
@@ -150,13 +162,13 @@ def error(actual: Sequence[torch.Tensor], exact: Sequence[torch.Tensor]) -> floa
 
 
 def ceilings(device: str = "cpu", *, seconds: float = 0.3) -> dict[str, float]:
-    """What this machine reaches right now: GEMM in flop/s per dtype, the best of three sizes, and copy in
+    """What this machine reaches right now: GEMM in flop/s per dtype, the best of some sizes, and copy in
     bytes/s, read plus written."""
     dtypes = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
     found: dict[str, float] = {}
     for dtype in dtypes:
         best = 0.0
-        for size in (512, 1024, 2048) if device == "cpu" else (4096, 8192, 16384):
+        for size in (256, 512, 1024, 2048) if device == "cpu" else (4096, 8192, 16384):
             flops = 2 * size**3
             if flops > seconds * best > 0:  # one product would take longer than all of them may
                 break

@@ -122,7 +122,7 @@ def draw_ratios(report: dict[str, Any], path: Path) -> bool:
             layout="constrained",
             squeeze=False,
         )
-        figure.suptitle(f"{report['op']}: speed of {ours} over each peer, on {where}", fontsize=12)
+        figure.suptitle(f"{report['op']}: speed of {ours} over each peer\n{where}", fontsize=11)
         for dtype, line in zip(dtypes, grid, strict=False):
             for direction, axes in zip(directions, line, strict=False):
                 axes.set_title(f"{dtype}, {NAMES[direction]}", fontsize=10)
@@ -166,7 +166,9 @@ def _ratio_panel(axes: Axes, bars: dict[str, list[tuple[str, float]]], colours: 
         at += 1
     every = [ratio for those in bars.values() for _, ratio in those]
     axes.set_xscale("log", base=2)
-    axes.set_xlim(min(0.5, min(every) / 2.2), max(2, max(every) * 2.6))  # room for the names
+    low, high = min(1.0, *every), max(1.0, *every)
+    room = max(1.8, (high / low) ** 0.4)  # for the names
+    axes.set_xlim(low / room if low < 1 else 0.8, high * room)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
     axes.axvline(1, color=INK, linewidth=1)
     axes.set_yticks([y for y, _ in ticks], [case for _, case in ticks], fontsize=8)

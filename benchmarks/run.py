@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from benchmarks import against, contest, harness, tables
 from benchmarks.cases import DIRECTIONS, NAMES
-from benchmarks.peers import Call, Peer, Problem
+from benchmarks.peers import Peer, Problem
 from mirasol_kernels.__main__ import instruction_set
 
 OPS = sorted(path.stem for path in (Path(__file__).parent / "peers").glob("[a-z]*.py"))
@@ -53,29 +53,32 @@ def suite(op: str) -> tuple[ModuleType, dict[str, Any], dict[str, Peer]]:
     return cases, cases.CASES, peers.PEERS
 
 
-def watched(job: Job) -> Callable[[], None]:
-    """In a fresh process: everything but the call."""
+def watched(job: Job) -> Callable[[], int]:
+    """In a fresh process: everything but the call, which returns the bytes in use before anything was prepared for it:
+    a mask that is kept counts, what making it takes for a moment does not."""
     torch.set_num_threads(job.threads)
     _, cases, peers = suite(job.op)
     torch.set_grad_enabled(job.direction == "backward")
 
-    def prepared(case: Any) -> tuple[Call, tuple[torch.Tensor, ...]]:
+    def problem(case: Any) -> Problem:
         inputs = case.inputs(DTYPES[job.dtype], job.device, 0)
-        return peers[job.peer].prepare(Problem(case, DTYPES[job.dtype], job.direction, job.device, inputs)), inputs
+        return Problem(case, DTYPES[job.dtype], job.direction, job.device, inputs)
 
-    call, inputs = prepared(next(case for case in cases.values() if case.kind == "quick"))
-    call(*inputs)  # libraries and threads that start with the first call are not of this call
-    call, inputs = prepared(cases[job.case])
+    small, this = problem(next(case for case in cases.values() if case.kind == "quick")), problem(cases[job.case])
+    peers[job.peer].prepare(small)(*small.inputs)  # libraries and threads that start with a first call are not of this
+    before = harness.forget_peak(job.device)
+    call = peers[job.peer].prepare(this)
 
-    def work() -> None:
-        call(*inputs)
+    def work() -> int:
+        call(*this.inputs)
+        return before
 
     return work
 
 
 def memory(job: Job) -> dict[str, Any]:
-    spent, _ = harness.peak_memory(watched, job, device=job.device)
-    return job._asdict() | {"candidate": job.peer, "bytes": spent.peak - spent.before}
+    spent, before = harness.peak_memory(watched, job, device=job.device)
+    return job._asdict() | {"candidate": job.peer, "bytes": max(0, spent.peak - before)}
 
 
 def measure(options: argparse.Namespace, save: Callable[[dict[str, Any]], None], other: Any) -> dict[str, Any]:
@@ -83,8 +86,9 @@ def measure(options: argparse.Namespace, save: Callable[[dict[str, Any]], None],
     _, cases, known = suite(options.op)
     peers = [known[name] for name in options.peer]
     if other is not None:
-        peers.insert(1, against.peer(options.op, [peer.name for peer in peers if peer.ours], other))
-    effort = contest.QUICK if options.quick else contest.Effort()
+        ours = [peer.name for peer in known.values() if peer.ours and options.device in peer.devices]
+        peers.insert(1, against.peer(options.op, ours, other))
+    effort = contest.QUICK if options.quick else contest.Effort(seconds=options.seconds)
     report: dict[str, Any] = {
         "op": options.op,
         "machine": harness.machine(options.device),
@@ -119,7 +123,7 @@ def measure(options: argparse.Namespace, save: Callable[[dict[str, Any]], None],
             report["notes"] += notes
             bar.write(tables.block(case, rows, notes, direction, dtype), file=sys.stdout)
             sys.stdout.flush()
-            if case.memory and dtype == options.dtype[0]:
+            if direction in case.memory and dtype == options.dtype[0]:
                 for row in rows:
                     if row["candidate"] in known:
                         bar.set_description(f"{case.name}: memory of {row['candidate']}")
@@ -152,6 +156,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--direction", nargs="+", choices=DIRECTIONS, default=list(DIRECTIONS), help=f"{NAMES}")
     parser.add_argument("--peer", nargs="+", help="who takes part (default: everybody)")
     parser.add_argument("--threads", type=positive, default=torch.get_num_threads())
+    parser.add_argument("--seconds", type=positive, default=4, help="of timing, per case, dtype and direction")
     parser.add_argument("--isa", choices=ISAS, help="of ours, ATen, oneDNN and MKL, where they obey")
     parser.add_argument("--against", metavar="REF", help="another commit as one more candidate")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -185,7 +190,8 @@ def with_isa(isa: str, arguments: Sequence[str]) -> int | None:
     if all(os.environ.get(name) == value for name, value in forced.items()):
         return None
     command = [sys.executable, "-m", "benchmarks.run", *arguments]
-    return subprocess.run(command, env={**os.environ, **forced, "PYTHONPATH": str(harness.ROOT)}).returncode
+    path = os.pathsep.join(filter(None, [str(harness.ROOT), os.environ.get("PYTHONPATH")]))
+    return subprocess.run(command, env={**os.environ, **forced, "PYTHONPATH": path}).returncode
 
 
 def red(op: str) -> bool:

@@ -107,6 +107,8 @@ def block(case: Any, rows: Sequence[Row], notes: Sequence[Row], direction: str, 
 def summary(report: Row) -> str:
     lines = []
     for found in report["summary"]:
+        if found["ours"] == "against":  # it stands among those that native is compared with
+            continue
         what = f"{found['kind']}, {found['dtype']}, {NAMES[found['direction']]}: {found['ours']}"
         low, high = found["of_floor"]
         lines.append(f"{what}, {low:.0%} to {high:.0%} of the floor")
@@ -116,7 +118,7 @@ def summary(report: Row) -> str:
             lines.append(_against(those, found["of_best"]))
         lines += [_against(name, ratio) for name, ratio in found["of_each"].items()]
     for (case, dtype, direction), rows in groups(report["memory"], "case", "dtype", "direction"):
-        lines.append(f"memory of a call, {case}, {dtype}, {NAMES[direction]}:")
+        lines.append(f"memory of a call and of what it keeps prepared, {case}, {dtype}, {NAMES[direction]}:")
         lines += [f"  {row['candidate']:<20} {row['bytes'] / 1e6:>8,.0f} MB" for row in rows]
     return "\n".join(lines)
 

@@ -4,7 +4,7 @@ A module has `CASES`, name -> case. A case says what a call costs and what is ri
     name, who       what it is called and who has this shape
     kind            "snippets", "decode", ...: what one geometric mean is taken over; "quick" runs with --quick only
     devices, directions
-    memory          whether the memory of a call is measured as well
+    memory          directions in which the memory of a call is measured as well
     inputs(dtype, device, seed) -> the arguments of a call and the gradients of its results
     truth(inputs, direction)    -> `Truth`
     flops(direction), bytes(direction, dtype)
