@@ -63,7 +63,8 @@ void run(int threads, int64_t items, int64_t workspace, Each each) {
     struct alignas(64) Line { float x[16]; };
     vector<Line> space((workspace + 15) / 16);
     for (Line& line : space) std::fill(line.x, line.x + 16, NaN);
-    for (int64_t item; (item = next++) < items;) each(space.data()->x, item, item + 1);
+    float* const start = space.empty() ? nullptr : space.data()->x;
+    for (int64_t item; (item = next++) < items;) each(start, item, item + 1);
   };
   vector<std::thread> others;
   for (int i = 1; i < threads; ++i) others.emplace_back(work);
