@@ -9,8 +9,6 @@
 
 namespace mirasol::attention {
 
-constexpr int64_t MAX_DIM = 256;
-
 inline std::string tuple(const int64_t* sizes, size_t n) {
   std::string text = "(";
   for (size_t i = 0; i < n; ++i) {
@@ -33,6 +31,7 @@ void expect_sizes(const char* name, const Tensor& x, std::initializer_list<int64
   expect(fine, name, tuple(want.begin(), want.size()), tuple(x.sizes().data(), x.dim()));
 }
 
+// Pointer to the elements of x, which are T; View<const T> of a tensor (B, H, N) of floats.
 template <class T, class Tensor>
 const T* elements(const char* name, const Tensor& x) {
   using Type = decltype(x.scalar_type());
@@ -41,18 +40,33 @@ const T* elements(const char* name, const Tensor& x) {
   return static_cast<const T*>(x.data_ptr());
 }
 
-// float32 (B, H, N, D), or (B, H, N) where want has three sizes.
 template <class Tensor>
-View<const float> input(const char* name, const Tensor& x, std::initializer_list<int64_t> want) {
+View<const float> of_rows(const char* name, const Tensor& x, std::initializer_list<int64_t> want) {
   expect_sizes(name, x, want);
-  if (want.size() == 4)
-    expect(x.size(3) <= 1 || x.stride(3) == 1, name, "stride 1 in the last dimension", std::to_string(x.stride(3)));
   return {elements<float>(name, x), x.stride(0), x.stride(1), x.stride(2)};
 }
 
 template <class Tensor>
-View<float> output(const Tensor& x) {
-  return {static_cast<float*>(x.data_ptr()), x.stride(0), x.stride(1), x.stride(2)};
+Dtype dtype_of(const char* name, const Tensor& x) {
+  using Type = decltype(x.scalar_type());
+  const Type type = x.scalar_type();
+  expect(type == Type::Float || type == Type::BFloat16 || type == Type::Half, name, "float32, bfloat16 or float16",
+         "another dtype");
+  return type == Type::Float ? Dtype::float32 : type == Type::Half ? Dtype::float16 : Dtype::bfloat16;
+}
+
+// (B, H, N, D) of the dtype of the call.
+template <class Tensor>
+View<const void> input(const char* name, const Tensor& x, Dtype dtype, std::initializer_list<int64_t> want) {
+  expect_sizes(name, x, want);
+  expect(x.size(3) <= 1 || x.stride(3) == 1, name, "stride 1 in the last dimension", std::to_string(x.stride(3)));
+  expect(dtype_of(name, x) == dtype, name, "the dtype of q", "another");
+  return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
+}
+
+template <class T = void, class Tensor>
+View<T> output(const Tensor& x) {
+  return {static_cast<T*>(x.data_ptr()), x.stride(0), x.stride(1), x.stride(2)};
 }
 
 template <class Tensor>
@@ -67,7 +81,8 @@ Shape shape_of(const Tensor& q, const Tensor& k, const Tensor& v, double scale) 
   expect_sizes("q", q, {-1, -1, -1, -1});
   expect_sizes("k", k, {q.size(0), -1, -1, q.size(3)});
   expect_sizes("v", v, {q.size(0), k.size(1), k.size(2), -1});
-  const Shape shape{q.size(0), q.size(1), k.size(1), q.size(2), k.size(2), q.size(3), v.size(3), float(scale)};
+  Shape shape{q.size(0), q.size(1), k.size(1), q.size(2), k.size(2), q.size(3), v.size(3), float(scale)};
+  shape.dtype = dtype_of("q", q), shape.pairs = pairs_pay(shape);
   const auto dims = std::to_string(shape.dim) + " and " + std::to_string(shape.value_dim);
   expect(shape.dim <= MAX_DIM && shape.value_dim <= MAX_DIM, "q, v", "at most 256 in the last dimension", dims);
   const bool grouped = shape.kv_heads > 0 ? shape.q_heads % shape.kv_heads == 0 : shape.q_heads == 0;
@@ -104,23 +119,27 @@ Forward forward_of(const Tensor& q, const Tensor& k, const Tensor& v, const Tens
   Forward f{};
   f.shape = shape_of(q, k, v, scale);
   f.seen = ranges_of(f.shape, q_offsets, k_ranges);
-  f.q = input("q", q, {-1, -1, -1, -1}), f.k = input("k", k, {-1, -1, -1, -1}), f.v = input("v", v, {-1, -1, -1, -1});
+  const Dtype dtype = f.shape.dtype;
+  f.q = input("q", q, dtype, {-1, -1, -1, -1}), f.k = input("k", k, dtype, {-1, -1, -1, -1});
+  f.v = input("v", v, dtype, {-1, -1, -1, -1});
   return f;
 }
 
 template <class Tensor>
 Backward backward_of(const Tensor& dout, const Tensor& dlse, const Tensor& q, const Tensor& k, const Tensor& v,
-                     const Tensor& out, const Tensor& lse, const Tensor& q_offsets, const Tensor& k_ranges,
-                     const Tensor& k_offsets, const Tensor& q_index, const Tensor& q_ranges, double scale) {
+                     const Tensor& out, const Tensor& lse, const Tensor& lse_low, const Tensor& q_offsets,
+                     const Tensor& k_ranges, const Tensor& k_offsets, const Tensor& q_index, const Tensor& q_ranges,
+                     double scale) {
   const Forward f = forward_of(q, k, v, q_offsets, k_ranges, scale);
   const Shape& s = f.shape;
   Backward g{};
   g.shape = s, g.seen = f.seen, g.q = f.q, g.k = f.k, g.v = f.v;
   g.seen_by = transposed_of(g.seen, k_offsets, q_index, q_ranges);
-  g.dout = input("dout", dout, {s.batch, s.q_heads, s.q_len, s.value_dim});
-  g.out = input("out", out, {s.batch, s.q_heads, s.q_len, s.value_dim});
-  g.lse = input("lse", lse, {s.batch, s.q_heads, s.q_len});
-  g.dlse = input("dlse", dlse, {s.batch, s.q_heads, s.q_len});
+  g.dout = input("dout", dout, s.dtype, {s.batch, s.q_heads, s.q_len, s.value_dim});
+  g.out = input("out", out, s.dtype, {s.batch, s.q_heads, s.q_len, s.value_dim});
+  g.lse = of_rows("lse", lse, {s.batch, s.q_heads, s.q_len});
+  g.lse_low = of_rows("lse_low", lse_low, {s.batch, s.q_heads, s.q_len});
+  g.dlse = of_rows("dlse", dlse, {s.batch, s.q_heads, s.q_len});
   return g;
 }
 

@@ -19,12 +19,14 @@ struct Chunk {
 struct Buffers {
   float *q_t, *dout_t, *dq_t;  // (dim, TILE), (value_dim, TILE), (dim, TILE)
   float *q, *dout;             // (TILE, padded dim): rows as vectors
-  float *p, *ds;               // (BACKWARD_KEYS, TILE)
+  float *p, *ds, *ds_terms;    // (BACKWARD_KEYS, TILE)
+  float *k, *v, *k_terms;      // (BACKWARD_KEYS, padded dim): what is not read where it lies
   float *dk, *dv;              // (CHUNK, padded dim)
 };
 
 static Buffers buffers(const Shape& shape, float* at, int64_t* size) {
   const int64_t dim = padded(shape.dim), value_dim = padded(shape.value_dim);
+  const bool half = shape.dtype != attention::Dtype::float32;
   float* const start = at;
   Buffers b;
   const auto take = [&](int64_t rows, int64_t columns) {
@@ -35,106 +37,164 @@ static Buffers buffers(const Shape& shape, float* at, int64_t* size) {
   b.q_t = take(dim, TILE), b.dout_t = take(value_dim, TILE), b.dq_t = take(dim, TILE);
   b.q = take(TILE, dim), b.dout = take(TILE, value_dim);
   b.p = take(BACKWARD_KEYS, TILE), b.ds = take(BACKWARD_KEYS, TILE);
+  b.ds_terms = shape.pairs ? take(BACKWARD_KEYS / 2, TILE) : b.ds;
+  b.k = take(half ? BACKWARD_KEYS : 0, dim), b.v = take(half ? BACKWARD_KEYS : 0, value_dim);
+  b.k_terms = shape.pairs ? take(BACKWARD_KEYS / 2, dim) : b.k;
   b.dk = take(CHUNK, dim), b.dv = take(CHUNK, value_dim);
   *size = at - start;
   return b;
 }
 
-// to (rows, padded dim) = from, with zeros in the padding.
-static void pack_rows(const float* from, int64_t stride, int rows, int64_t dim, float* to) {
-  for (int r = 0; r < rows; ++r)
-    for (int64_t d = 0; d < dim; d += WIDTH)
-      store(to + r * padded(dim) + d, load_part(from + r * stride + d, least(WIDTH, dim - d)));
+// to (lanes, padded dim) = the rows of the lanes, with zeros in the padding; or (lanes / 2, padded dim), pairs of rows.
+template <bool PAIRS, class T>
+static void pack_rows(const Lanes<const T>& from, int lanes, int64_t dim, float* to) {
+  if constexpr (PAIRS) {
+    pair_rows(from, lanes, dim, to);
+  } else {
+    for (int r = 0; r < lanes; ++r)
+      for (int64_t d = 0; d < dim; d += WIDTH)
+        store(to + r * padded(dim) + d, load_part(from(r) + d, least(WIDTH, dim - d)));
+  }
 }
 
-struct Rows {  // of a tile
+struct Rows {  // of a tile, per lane
   alignas(64) float lse[TILE], lse_low[TILE], delta[TILE];
 };
 
-// P = exp(scale S - lse) and dS = P (dP - delta) in place of S and dP.
-static void softmax_backward(const Piece& piece, const Span& s, const Rows& rows, float factor, float* p, float* ds) {
+// P = exp(scale S - lse) and dS = P (dP - delta) in place of S and dP, each row of keys then for the product that ends in
+// that key, and dS in ds_terms for the one that ends in a query.  Where these are pairs, of lanes the ones and of keys
+// the other, rows are still TILE floats apart.
+template <bool PAIRS>
+static void softmax_backward(int keys, const Span& s, const Rows& rows, float factor, const Buffers& b) {
   const Vec scale = broadcast(factor);
   for (int v = 0; v < s.count; ++v) {
-    const int64_t lane = (s.first + v) * WIDTH;
+    const int lane = (s.first + v) * WIDTH;
     const Vec lse = load(rows.lse + lane), lse_low = load(rows.lse_low + lane), delta = load(rows.delta + lane);
-    for (int64_t i = lane; i < piece.keys * TILE; i += TILE) {
-      Vec x = exp(fma(load(p + i), scale, -lse) - lse_low);
+    const auto weigh = [&](int key) {  // -> dS
+      float *const p = b.p + key * TILE, *const ds = b.ds + key * TILE;
+      Vec x = exp(fma(load(p + lane), scale, -lse) - lse_low);
       if (s.masked) x = keep(s.mask[v], x);
-      Vec dx = x * (load(ds + i) - delta);
+      Vec dx = x * (load(ds + lane) - delta);
       if (s.masked) dx = keep(s.mask[v], dx);
-      store(p + i, x), store(ds + i, dx);
+      if constexpr (PAIRS) {  // the halves of a row of vectors take up the places of vectors that are done
+        store_halves(p + lane / 2, from_float(bfloat16{}, x), WIDTH);
+        store_halves(ds + lane / 2, from_float(bfloat16{}, dx), WIDTH);
+      } else {
+        store(p + lane, x), store(ds + lane, dx);
+      }
+      return dx;
+    };
+    if constexpr (PAIRS) {
+      for (int key = 0; key < keys; key += 2) {
+        const Vec first = weigh(key), second = key + 1 < keys ? weigh(key + 1) : Vec{};
+        store(b.ds_terms + key / 2 * TILE + lane, pair(first, second));
+      }
+    } else {
+      for (int key = 0; key < keys; ++key) weigh(key);
     }
   }
 }
 
-// to (keys, padded dim) += P X, with P (keys, rows of the piece), X (rows, padded dim): the product that ends in a key.
-static inline void scatter(const Piece& piece, const float* p, const float* x, int64_t dim, float* to) {
-  gemm({.vectors = int(padded(dim) / WIDTH), .n = piece.keys, .k = piece.rows, .a = x + piece.row * padded(dim),
-        .a_k = padded(dim), .b = p + piece.row, .b_n = TILE, .b_k = 1, .c = to, .c_n = padded(dim), .add = true});
+// to (keys, padded dim) += P X, with P (keys, lanes of the piece), X (lanes, padded dim): the product that ends in a key.
+template <bool PAIRS>
+static inline void scatter(const Piece& piece, int lanes, const float* p, const float* x, int64_t dim, float* to) {
+  const int64_t width = padded(dim);
+  const auto product = [&](const float* from, int first, int terms) {
+    gemm<PAIRS>({.vectors = int(width / WIDTH), .n = piece.keys, .k = terms, .a = from, .a_k = width, .b = p + first,
+                 .b_n = TILE, .b_k = 1, .c = to, .c_n = width, .add = true});
+  };
+  if constexpr (PAIRS) {  // half of a pair at an edge is a lane that does not see the keys: not even 0 * NaN may enter
+    const int end = piece.row + piece.rows, first = (piece.row + 1) / 2, last = end < lanes ? end / 2 : (end + 1) / 2;
+    alignas(64) float edge[padded(attention::MAX_DIM)];
+    const auto half = [&](int at, uint32_t bits) {
+      for (int64_t d = 0; d < width; d += WIDTH)
+        store(edge + d, (Vec)((Words)load(x + at * width + d) & bits));
+      product(edge, at, 1);
+    };
+    if (piece.row % 2) half(piece.row / 2, 0xffff0000u);
+    if (first < last) product(x + first * width, first, last - first);
+    if (end % 2 && end < lanes && end / 2 >= first) half(end / 2, 0xffffu);
+  } else {
+    product(x + piece.row * width, piece.row, piece.rows);
+  }
 }
 
-// The last chunk before this one of which the tile sees a key, or -1.
-static int64_t chunk_before(const Backward& g, const Chunk& chunk, const Tile& t) {
-  const Pieces sweep = pieces(g.seen, t.batch, t.row, t.rows, 0, chunk.key);
-  int64_t last = -1;  // key
+// The keys among [begin, end) that the tile sees: the first and the last; none when first > last.
+static void seen_between(const Backward& g, const Tile& t, int64_t begin, int64_t end, int64_t* first, int64_t* last) {
+  const Pieces sweep = pieces(g.seen, t.batch, t.row, t.rows, t.heads, begin, end);
+  *first = end, *last = begin - 1;
   for (int i = 0; i < sweep.groups; ++i)
     for (const int32_t* range = sweep.range[i]; range < sweep.range_end[i]; range += 2) {
-      const int64_t end = range[1] < chunk.key ? range[1] : chunk.key;
-      if (range[0] < end && end - 1 > last) last = end - 1;
+      const int64_t from = range[0] < begin ? begin : range[0], to = range[1] < end ? range[1] : end;
+      if (from >= to) continue;
+      if (from < *first) *first = from;
+      if (to - 1 > *last) *last = to - 1;
     }
-  return last < 0 ? -1 : last / CHUNK;
 }
 
+// Adds the tile's share of dq to those of the chunks before, in their order; the last one leaves the result.
+template <class T>
 static void add_dq(const Backward& g, const Chunk& chunk, const Tile& t, const float* dq_t) {
   const Shape& shape = g.shape;
+  int64_t first, last;
+  seen_between(g, t, 0, chunk.key, &first, &last);
+  const int64_t before = first > last ? -1 : last / CHUNK;
+  seen_between(g, t, chunk.end, shape.k_len, &first, &last);
+  const bool is_last = first > last;
   int32_t* turn = g.turns + (t.batch * shape.q_heads + t.head) * attention::tiles(shape.q_len) + t.row / TILE;
-  const int64_t before = chunk_before(g, chunk, t);
   while (__atomic_load_n(turn, __ATOMIC_ACQUIRE) != before + 1) sched_yield();
   alignas(64) float scale[TILE];
   for (int i = 0; i < TILE; ++i) scale[i] = shape.scale;
-  float* dq = at(g.dq, t.batch, t.head, t.row);
-  unpack_transposed(dq_t, t.rows, shape.dim, scale, [&](int r, int64_t d, int n, Vec x) {
-    float* to = dq + r * g.dq.row + d;
-    store_part(to, load_part(to, n) + x, n);
+  const Lanes<float> share = lanes_of<float>(g.dq_share, t);
+  const Lanes<T> dq = lanes_of<T>(g.dq, t);
+  unpack_transposed(dq_t, t.lanes(), shape.dim, scale, [&](int lane, int64_t d, int n, Vec x) {
+    if (before >= 0) x = load_part(share(lane) + d, n) + x;
+    if (is_last) store_part(dq(lane) + d, x, n);
+    else store_part(share(lane) + d, x, n);
   });
   __atomic_store_n(turn, int32_t(chunk.index + 1), __ATOMIC_RELEASE);
 }
 
+template <bool PAIRS, class T>
 static void backward_tile(const Backward& g, const Chunk& chunk, const Tile& t, const Buffers& b) {
   const Shape& shape = g.shape;
-  Pieces sweep = pieces(g.seen, t.batch, t.row, t.rows, chunk.key, chunk.end);
+  const int lanes = t.lanes();
+  Pieces sweep = pieces(g.seen, t.batch, t.row, t.rows, t.heads, chunk.key, chunk.end);
   Piece piece;
   if (!next(sweep, BACKWARD_KEYS, piece)) return;
 
-  const float *q = at(g.q, t.batch, t.head, t.row), *dout = at(g.dout, t.batch, t.head, t.row);
-  pack_transposed(q, g.q.row, t.rows, shape.dim, b.q_t);
-  pack_transposed(dout, g.dout.row, t.rows, shape.value_dim, b.dout_t);
-  pack_rows(q, g.q.row, t.rows, shape.dim, b.q);
-  pack_rows(dout, g.dout.row, t.rows, shape.value_dim, b.dout);
+  const Lanes<const T> q = lanes_of<const T>(g.q, t), dout = lanes_of<const T>(g.dout, t);
+  pack_transposed<PAIRS>(q, lanes, shape.dim, b.q_t);
+  pack_transposed<PAIRS>(dout, lanes, shape.value_dim, b.dout_t);
+  pack_rows<PAIRS>(q, lanes, shape.dim, b.q);
+  pack_rows<PAIRS>(dout, lanes, shape.value_dim, b.dout);
   zero(b.dq_t, shape.dim * TILE);
   Rows rows = {};
-  const int64_t first = (t.batch * shape.q_heads + t.head) * shape.q_len + t.row;
-  for (int r = 0; r < t.rows; ++r) {
-    rows.lse[r] = *at(g.lse, t.batch, t.head, t.row + r);
-    rows.lse_low[r] = g.lse_low[first + r], rows.delta[r] = g.delta[first + r];
+  const Lanes<const float> lse = lanes_of<const float>(g.lse, t), lse_low = lanes_of<const float>(g.lse_low, t);
+  for (int r = 0; r < lanes; ++r) {
+    rows.lse[r] = *lse(r), rows.lse_low[r] = *lse_low(r);
+    rows.delta[r] = g.delta[row_number(shape, t, r)];
   }
 
   do {
-    const Span s = span(piece, t.rows);
-    const float *k = at(g.k, t.batch, t.kv_head, piece.key), *v = at(g.v, t.batch, t.kv_head, piece.key);
+    const Span s = span(piece, lanes);
+    const T *k = at<const T>(g.k, t.batch, t.kv_head, piece.key), *v = at<const T>(g.v, t.batch, t.kv_head, piece.key);
     const int64_t key = piece.key - chunk.key;
-    scores(piece, s, b.q_t, shape.dim, k, g.k.row, b.p);
-    scores(piece, s, b.dout_t, shape.value_dim, v, g.v.row, b.ds);
-    softmax_backward(piece, s, rows, shape.scale, b.p, b.ds);
-    gather(piece, s, b.ds, k, g.k.row, shape.dim, b.dq_t);
-    scatter(piece, b.p, b.dout, shape.value_dim, b.dv + key * padded(shape.value_dim));
-    scatter(piece, b.ds, b.q, shape.dim, b.dk + key * padded(shape.dim));
+    const Factor k_rows = rows_of<PAIRS>(k, g.k.row, piece.keys, shape.dim, b.k);
+    const Factor k_terms = PAIRS ? terms_of<PAIRS>(k, g.k.row, piece.keys, shape.dim, b.k_terms) : k_rows;
+    scores<PAIRS>(piece.keys, s, b.q_t, shape.dim, k_rows, b.p);
+    scores<PAIRS>(piece.keys, s, b.dout_t, shape.value_dim,
+                  rows_of<PAIRS>(v, g.v.row, piece.keys, shape.value_dim, b.v), b.ds);
+    softmax_backward<PAIRS>(piece.keys, s, rows, shape.scale, b);
+    gather<PAIRS>(piece.keys, s, b.ds_terms, k_terms, shape.dim, b.dq_t);
+    scatter<PAIRS>(piece, lanes, b.p, b.dout, shape.value_dim, b.dv + key * padded(shape.value_dim));
+    scatter<PAIRS>(piece, lanes, b.ds, b.q, shape.dim, b.dk + key * padded(shape.dim));
   } while (next(sweep, BACKWARD_KEYS, piece));
-  add_dq(g, chunk, t, b.dq_t);
+  add_dq<T>(g, chunk, t, b.dq_t);
 }
 
 // The query rows between the first and the last that see a key of the chunk.
-static void rows_of(const Backward& g, const Chunk& chunk, int64_t* begin, int64_t* end) {
+static void rows_between(const Backward& g, const Chunk& chunk, int64_t* begin, int64_t* end) {
   const attention::Transposed& t = g.seen_by;
   const int64_t table = g.seen.batch == 1 ? 0 : chunk.batch;
   const int32_t *offsets = t.k_offsets + table * (t.segments + 1), *index = t.q_index + table * (t.segments + 1);
@@ -153,20 +213,23 @@ static void rows_of(const Backward& g, const Chunk& chunk, int64_t* begin, int64
   }
 }
 
+template <bool PAIRS, class T>
 static void backward_chunk(const Backward& g, const Chunk& chunk, const Buffers& b) {
   const Shape& shape = g.shape;
   const int64_t keys = chunk.end - chunk.key, group = shape.q_heads / shape.kv_heads;
   const int64_t dim = padded(shape.dim), value_dim = padded(shape.value_dim);
+  const int heads = heads_of_tile(shape);
   zero(b.dk, keys * dim), zero(b.dv, keys * value_dim);
   int64_t first, end;
-  rows_of(g, chunk, &first, &end);
-  for (int64_t head = chunk.kv_head * group; head < (chunk.kv_head + 1) * group; ++head)
+  rows_between(g, chunk, &first, &end);
+  for (int64_t head = chunk.kv_head * group; head < (chunk.kv_head + 1) * group; head += heads)
     // Downwards: the next chunk, which begins at the same tile, follows one step behind.
     for (int64_t row = (attention::tiles(end) - 1) * TILE; row > first - TILE; row -= TILE)
-      backward_tile(g, chunk, {chunk.batch, head, chunk.kv_head, row, least(TILE, shape.q_len - row)}, b);
+      backward_tile<PAIRS, T>(g, chunk,
+                              {chunk.batch, head, chunk.kv_head, row, least(TILE, shape.q_len - row), heads}, b);
   for (int64_t i = 0; i < keys; ++i) {
-    float* dk = at(g.dk, chunk.batch, chunk.kv_head, chunk.key + i);
-    float* dv = at(g.dv, chunk.batch, chunk.kv_head, chunk.key + i);
+    T* dk = at<T>(g.dk, chunk.batch, chunk.kv_head, chunk.key + i);
+    T* dv = at<T>(g.dv, chunk.batch, chunk.kv_head, chunk.key + i);
     for (int64_t d = 0; d < shape.dim; d += WIDTH)
       store_part(dk + d, load(b.dk + i * dim + d) * shape.scale, least(WIDTH, shape.dim - d));
     for (int64_t d = 0; d < shape.value_dim; d += WIDTH)
@@ -174,54 +237,24 @@ static void backward_chunk(const Backward& g, const Chunk& chunk, const Buffers&
   }
 }
 
-// total = sum of exp(scale S - lse) over the keys that a row sees, for the rows of a tile.
-static void sum_weights(const Backward& g, const Tile& t, const float* lse, float* q_t, float* s, float* total) {
+// delta = sum(dout * out) - dlse; and dq = 0 where no chunk will come by.
+template <class T>
+static void backward_rows(const Backward& g, const Tile& t) {
   const Shape& shape = g.shape;
-  pack_transposed(at(g.q, t.batch, t.head, t.row), g.q.row, t.rows, shape.dim, q_t);
-  Pieces sweep = pieces(g.seen, t.batch, t.row, t.rows, 0, shape.k_len);
-  zero(total, TILE);
-  for (Piece piece; next(sweep, BACKWARD_KEYS, piece);) {
-    const Span of = span(piece, t.rows);
-    scores(piece, of, q_t, shape.dim, at(g.k, t.batch, t.kv_head, piece.key), g.k.row, s);
-    for (int v = 0; v < of.count; ++v) {
-      const int lane = (of.first + v) * WIDTH;
-      const Vec scale = broadcast(shape.scale), shift = -load(lse + lane);
-      Vec part{};
-      for (int key = 0; key < piece.keys; ++key)
-        part += keep(of.mask[v], exp(fma(load(s + key * TILE + lane), scale, shift)));
-      store(total + lane, load(total + lane) + part);
-    }
-  }
-}
-
-// Half an ulp of a large lse is much more than one of P = exp(S - lse): 5e-4 at 1e4.  The sum of P, which should be 1,
-// tells what the rounding has left out.  Up to 16 that is within 4 ulps of P and not worth the product.
-static inline bool needs_low(float lse) { return __builtin_fabsf(lse) > 16 && __builtin_fabsf(lse) < __builtin_inff(); }
-
-// delta = sum(dout * out) - dlse, and lse_low.  Each row by itself: whether it gets an lse_low is no matter of its
-// tile.  (An lse that stems from more keys than these is not the rounded sum of them, and is taken as it is.)
-static void backward_rows(const Backward& g, const Tile& t, float* workspace) {
-  const Shape& shape = g.shape;
-  const int64_t first = (t.batch * shape.q_heads + t.head) * shape.q_len + t.row;
-  alignas(64) float lse[TILE] = {}, total[TILE];
-  bool large = false;
-  for (int r = 0; r < t.rows; ++r) {
-    const float *dout = at(g.dout, t.batch, t.head, t.row + r), *out = at(g.out, t.batch, t.head, t.row + r);
+  const Lanes<const T> dout = lanes_of<const T>(g.dout, t), out = lanes_of<const T>(g.out, t);
+  const Lanes<const float> dlse = lanes_of<const float>(g.dlse, t);
+  const Lanes<T> dq = lanes_of<T>(g.dq, t);
+  int64_t first, last;
+  seen_between(g, t, 0, shape.k_len, &first, &last);
+  for (int r = 0; r < t.lanes(); ++r) {
     Vec product{};
     for (int64_t d = 0; d < shape.value_dim; d += WIDTH) {
       const int n = least(WIDTH, shape.value_dim - d);
-      product = fma(load_part(dout + d, n), load_part(out + d, n), product);
+      product = fma(load_part(dout(r) + d, n), load_part(out(r) + d, n), product);
     }
-    lse[r] = *at(g.lse, t.batch, t.head, t.row + r);
-    g.delta[first + r] = sum(product) - *at(g.dlse, t.batch, t.head, t.row + r);
-    g.lse_low[first + r] = 0;
-    large |= needs_low(lse[r]);
-  }
-  if (!large) return;
-  sum_weights(g, t, lse, workspace, workspace + shape.dim * TILE, total);
-  for (int r = 0; r < t.rows; ++r) {
-    const float low = __builtin_logf(total[r]), most = __FLT_EPSILON__ * __builtin_fabsf(lse[r]);
-    if (needs_low(lse[r]) && __builtin_fabsf(low) <= most) g.lse_low[first + r] = low;
+    g.delta[row_number(shape, t, r)] = sum(product) - *dlse(r);
+    if (first > last)
+      for (int64_t d = 0; d < shape.dim; d += WIDTH) store_part(dq(r) + d, Vec{}, least(WIDTH, shape.dim - d));
   }
 }
 
@@ -235,19 +268,23 @@ int64_t attention_backward_workspace(const Shape& shape) {
   return size;
 }
 
-void attention_backward_rows(const Backward& g, float* workspace, int64_t begin, int64_t end) {
-  for (int64_t item = begin; item < end; ++item) backward_rows(g, tile_of(g.shape, item), workspace);
+void attention_backward_rows(const Backward& g, int64_t begin, int64_t end) {
+  for_dtype(g.shape, [&](auto type, auto) {
+    for (int64_t item = begin; item < end; ++item) backward_rows<decltype(type)>(g, tile_of(g.shape, item));
+  });
 }
 
 void attention_backward(const Backward& g, float* workspace, int64_t begin, int64_t end) {
   int64_t size;
   const Buffers b = buffers(g.shape, workspace, &size);
   const int64_t heads = g.shape.batch * g.shape.kv_heads;
-  for (int64_t item = begin; item < end; ++item) {  // early keys first: in a causal layout more rows see them
-    const int64_t index = item / heads, batch = item % heads / g.shape.kv_heads;
-    const int64_t last = (index + 1) * CHUNK < g.shape.k_len ? (index + 1) * CHUNK : g.shape.k_len;
-    backward_chunk(g, {index, batch, item % g.shape.kv_heads, index * CHUNK, last}, b);
-  }
+  for_dtype(g.shape, [&](auto type, auto pairs) {
+    for (int64_t item = begin; item < end; ++item) {  // early keys first: in a causal layout more rows see them
+      const int64_t index = item / heads, batch = item % heads / g.shape.kv_heads;
+      const int64_t last = (index + 1) * CHUNK < g.shape.k_len ? (index + 1) * CHUNK : g.shape.k_len;
+      backward_chunk<pairs, decltype(type)>(g, {index, batch, item % g.shape.kv_heads, index * CHUNK, last}, b);
+    }
+  });
 }
 
 }  // namespace mirasol::MIRASOL_ISA

@@ -35,17 +35,25 @@ double multiply_adds(const Shape& s) {  // at most: as if every row saw every ke
   return double(s.batch * s.q_heads) * s.q_len * s.k_len * (s.dim + s.value_dim);
 }
 
-std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& q_offsets,
-                                   const Tensor& k_ranges, double scale) {
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& q_offsets,
+                                           const Tensor& k_ranges, double scale) {
   Forward f = forward_of(q, k, v, q_offsets, k_ranges, scale);
   const Shape& s = f.shape;
+  const auto single = torch::headeronly::ScalarType::Float;
   Tensor out = rows_before_heads(q) ? transpose(new_empty(q, {s.batch, s.q_len, s.q_heads, s.value_dim}), 1, 2)
                                     : new_empty(q, {s.batch, s.q_heads, s.q_len, s.value_dim});
-  Tensor lse = new_empty(q, {s.batch, s.q_heads, s.q_len});
-  f.out = output(out), f.lse = output(lse).data;
-  run(MIRASOL_CALL(attention_tiles, s), MIRASOL_CALL(attention_workspace, s), multiply_adds(s),
+  Tensor lse = new_empty(q, {s.batch, s.q_heads, s.q_len}, single), lse_low = empty_like(lse);
+  f.out = output(out), f.lse = output<float>(lse).data, f.lse_low = output<float>(lse_low).data;
+  const int64_t tiles = MIRASOL_CALL(attention_tiles, s), splits = MIRASOL_CALL(attention_splits, s);
+  const int64_t part = splits > 1 ? s.batch * s.q_heads * s.q_len * (s.value_dim + 2) : 0;
+  const std::unique_ptr<float[]> parts(new float[splits * part]);
+  f.parts = parts.get();
+  run(tiles * splits, MIRASOL_CALL(attention_workspace, s), multiply_adds(s),
       [&](float* space, int64_t begin, int64_t end) { MIRASOL_CALL(attention_forward, f, space, begin, end); });
-  return {out, lse};
+  if (splits > 1)
+    run(tiles, 0, double(splits * part),
+        [&](float*, int64_t begin, int64_t end) { MIRASOL_CALL(attention_merge, f, begin, end); });
+  return {out, lse, lse_low};
 }
 
 // With the strides of x, unless the last one would not be 1.
@@ -56,19 +64,21 @@ Tensor gradient_of(const Tensor& x) {
 
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dout, const Tensor& dlse, const Tensor& q, const Tensor& k,
                                             const Tensor& v, const Tensor& out, const Tensor& lse,
-                                            const Tensor& q_offsets, const Tensor& k_ranges, const Tensor& k_offsets,
+                                            const Tensor& lse_low, const Tensor& q_offsets, const Tensor& k_ranges, const Tensor& k_offsets,
                                             const Tensor& q_index, const Tensor& q_ranges, double scale) {
-  Backward g = backward_of(dout, dlse, q, k, v, out, lse, q_offsets, k_ranges, k_offsets, q_index, q_ranges, scale);
+  Backward g = backward_of(dout, dlse, q, k, v, out, lse, lse_low, q_offsets, k_ranges, k_offsets, q_index, q_ranges,
+                           scale);
   const Shape& s = g.shape;
   Tensor dq = gradient_of(q), dk = gradient_of(k), dv = gradient_of(v);
   g.dq = output(dq), g.dk = output(dk), g.dv = output(dv);
-  zero_(dq);
-  const int64_t rows = s.batch * s.q_heads * s.q_len;
+  Tensor share = dq;  // of halves the sums over chunks need a place of their own
+  if (s.dtype != Dtype::float32) share = new_empty(q, {s.batch, s.q_heads, s.q_len, s.dim}, torch::headeronly::ScalarType::Float);
+  g.dq_share = output<float>(share);
   const auto turns = std::make_unique<int32_t[]>(s.batch * s.q_heads * tiles(s.q_len));
-  const auto of_rows = std::make_unique<float[]>(2 * rows);
-  g.turns = turns.get(), g.delta = of_rows.get(), g.lse_low = of_rows.get() + rows;
-  run(MIRASOL_CALL(attention_tiles, s), MIRASOL_CALL(attention_workspace, s), multiply_adds(s),
-      [&](float* space, int64_t begin, int64_t end) { MIRASOL_CALL(attention_backward_rows, g, space, begin, end); });
+  const std::unique_ptr<float[]> delta(new float[s.batch * s.q_heads * s.q_len]);
+  g.turns = turns.get(), g.delta = delta.get();
+  run(MIRASOL_CALL(attention_tiles, s), 0, double(s.batch * s.q_heads * s.q_len * s.value_dim),
+      [&](float*, int64_t begin, int64_t end) { MIRASOL_CALL(attention_backward_rows, g, begin, end); });
   run(MIRASOL_CALL(attention_backward_items, s), MIRASOL_CALL(attention_backward_workspace, s), multiply_adds(s),
       [&](float* space, int64_t begin, int64_t end) { MIRASOL_CALL(attention_backward, g, space, begin, end); });
   return {dq, dk, dv};

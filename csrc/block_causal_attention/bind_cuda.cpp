@@ -18,17 +18,20 @@ void check(const char* error) {
   if (error) throw std::runtime_error(std::string("block_causal_attention: CUDA launch failed: ") + error);
 }
 
-std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& q_offsets,
-                                   const Tensor& k_ranges, double scale, int64_t stream) {
+void float32_only(const Shape& s) { expect(s.dtype == Dtype::float32, "q", "float32", "another dtype"); }
+
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& q_offsets,
+                                           const Tensor& k_ranges, double scale, int64_t stream) {
   Forward f = forward_of(q, k, v, q_offsets, k_ranges, scale);
   const Shape& s = f.shape;
+  float32_only(s);
   const accelerator::DeviceGuard device(q.get_device_index());
   Tensor out = rows_before_heads(q) ? transpose(new_empty(q, {s.batch, s.q_len, s.q_heads, s.value_dim}), 1, 2)
                                     : new_empty(q, {s.batch, s.q_heads, s.q_len, s.value_dim});
-  Tensor lse = new_empty(q, {s.batch, s.q_heads, s.q_len});
-  f.out = output(out), f.lse = output(lse).data;
+  Tensor lse = new_empty(q, {s.batch, s.q_heads, s.q_len}), lse_low = empty_like(lse);
+  f.out = output(out), f.lse = output<float>(lse).data, f.lse_low = output<float>(lse_low).data;
   check(mirasol::cuda::attention_forward(f, reinterpret_cast<void*>(stream)));
-  return {out, lse};
+  return {out, lse, lse_low};
 }
 
 // With the strides of x, unless the last one would not be 1.
@@ -39,16 +42,18 @@ Tensor gradient_of(const Tensor& x) {
 
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dout, const Tensor& dlse, const Tensor& q, const Tensor& k,
                                             const Tensor& v, const Tensor& out, const Tensor& lse,
-                                            const Tensor& q_offsets, const Tensor& k_ranges, const Tensor& k_offsets,
+                                            const Tensor& lse_low, const Tensor& q_offsets, const Tensor& k_ranges, const Tensor& k_offsets,
                                             const Tensor& q_index, const Tensor& q_ranges, double scale,
                                             int64_t stream) {
-  Backward g = backward_of(dout, dlse, q, k, v, out, lse, q_offsets, k_ranges, k_offsets, q_index, q_ranges, scale);
+  Backward g = backward_of(dout, dlse, q, k, v, out, lse, lse_low, q_offsets, k_ranges, k_offsets, q_index, q_ranges,
+                           scale);
   const Shape& s = g.shape;
+  float32_only(s);
   const accelerator::DeviceGuard device(q.get_device_index());
   Tensor dq = gradient_of(q), dk = gradient_of(k), dv = gradient_of(v);
   g.dq = output(dq), g.dk = output(dk), g.dv = output(dv);
-  Tensor of_rows = new_empty(q, {2, s.batch, s.q_heads, s.q_len});
-  g.delta = output(of_rows).data, g.lse_low = g.delta + s.batch * s.q_heads * s.q_len;
+  Tensor delta = new_empty(q, {s.batch, s.q_heads, s.q_len});
+  g.delta = output<float>(delta).data;
   check(mirasol::cuda::attention_backward(g, reinterpret_cast<void*>(stream)));
   return {dq, dk, dv};
 }
@@ -58,11 +63,11 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dout, const Tensor& dl
 STABLE_TORCH_LIBRARY_FRAGMENT(mirasol_cuda_raw, m) {
   m.def(
       "block_causal_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor q_offsets, Tensor k_ranges, float scale, "
-      "int stream) -> (Tensor, Tensor)");
+      "int stream) -> (Tensor, Tensor, Tensor)");
   m.def(
       "block_causal_attention_bwd(Tensor dout, Tensor dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-      "Tensor q_offsets, Tensor k_ranges, Tensor k_offsets, Tensor q_index, Tensor q_ranges, float scale, int stream) "
-      "-> (Tensor, Tensor, Tensor)");
+      "Tensor lse_low, Tensor q_offsets, Tensor k_ranges, Tensor k_offsets, Tensor q_index, Tensor q_ranges, "
+      "float scale, int stream) -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mirasol_cuda_raw, CUDA, m) {

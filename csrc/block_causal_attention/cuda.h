@@ -1,6 +1,7 @@
 #pragma once
 // Block-causal attention on a GPU, float32: pointers to its memory and a stream, no torch.  The arguments are those of
-// the CPU; `turns` is not used and dq need not be zeroed.  Each returns nullptr, or what went wrong with the launch.
+// the CPU; `parts`, `turns` and
+// `dq_share` are not used.  Each returns nullptr, or what went wrong with the launch.
 #include "block_causal_attention/kernel.h"
 
 namespace mirasol::cuda {

@@ -1,5 +1,5 @@
 #pragma once
-// Block-causal attention on the CPU, float32: raw pointers and sizes, no torch.
+// Block-causal attention on the CPU: raw pointers and sizes, no torch.
 // Each query row sees up to `ranges` disjoint ranges of keys, the same for all rows of a group (tables as
 // mirasol_kernels/layout.py builds them).  Work is cut into items that do not depend on the number of threads, and each
 // output element is summed in one fixed order: results are bitwise the same for any number of threads.
@@ -8,8 +8,10 @@
 
 namespace mirasol::attention {
 
-template <class T>
-struct View {  // a tensor (batch, head, row, element); strides in elements, the last one is 1
+enum class Dtype { float32, bfloat16, float16 };  // of q, k, v, out and their gradients; everything inside is float
+
+template <class T>  // T is void where the dtype is that of the shape
+struct View {       // a tensor (batch, head, row, element); strides in elements, the last one is 1
   T* data;
   int64_t batch, head, row;
 };
@@ -18,7 +20,14 @@ struct Shape {
   int64_t batch, q_heads, kv_heads, q_len, k_len;  // query head h uses kv head h / (q_heads / kv_heads)
   int64_t dim, value_dim;                          // of q and k; of v and out
   float scale;
+  Dtype dtype = Dtype::float32;
+  // bfloat16 products two terms at a time: what chips with VDPBF16PS are for, elsewhere slower.  For even dims only.
+  bool pairs = false;
 };
+
+inline bool pairs_pay(const Shape& s) {
+  return isa() == Isa::avx512bf16 && s.dtype == Dtype::bfloat16 && s.dim % 2 == 0 && s.value_dim % 2 == 0;
+}
 
 struct Ranges {  // the keys that a query row sees
   int64_t batch, groups, ranges;  // batch: 1, for all rows of the batch, or one table for each
@@ -36,23 +45,31 @@ struct Transposed {  // the query rows that see a key
 struct Forward {
   Shape shape;
   Ranges seen;
-  View<const float> q, k, v;
-  View<float> out;
-  float* lse;  // (batch, q_heads, q_len), contiguous; natural logarithm; -inf for a row that sees nothing
+  View<const void> q, k, v;
+  View<void> out;
+  // (batch, q_heads, q_len), contiguous.  The natural logarithm of the sum of exp(score), -inf for a row that sees
+  // nothing, and what its rounding left out: half an ulp of lse is 5e-4 at 1e4, too much for exp(score - lse).
+  float *lse, *lse_low;
+  float* parts = nullptr;  // (splits, batch, q_heads, q_len, value_dim + 2), contiguous, where there are splits
 };
 
 struct Backward {
   Shape shape;
   Ranges seen;
   Transposed seen_by;
-  View<const float> dout, q, k, v, out;
-  View<const float> dlse, lse;  // (batch, q_heads, q_len): here `row` is the stride of the last axis
-  View<float> dq, dk, dv;       // dq is added to: all zeros at the start
-  float *delta, *lse_low;       // (batch, q_heads, q_len), contiguous, of the rows: made first, then used for every key
-  int32_t* turns;               // (batch, q_heads, tiles(q_len)), all zeros at the start
+  View<const void> dout, q, k, v, out;
+  View<const float> dlse, lse, lse_low;  // (batch, q_heads, q_len): here `row` is the stride of the last axis
+  View<void> dq, dk, dv;
+  float* delta;          // (batch, q_heads, q_len), contiguous, of the rows: made first, then used for every key
+  View<float> dq_share;  // like dq, for the sum of the shares so far: dq itself where that is float
+  int32_t* turns;        // (batch, q_heads, tiles(q_len)), all zeros at the start
 };
 
+constexpr int64_t MAX_DIM = 256;
 constexpr int TILE = 64;  // query rows of a tile
+// With fewer tiles than that, keys are split, each at least that long: enough work for a large machine, the same on every
+// one.
+constexpr int64_t PARALLEL = 64, SPLIT_KEYS = 1024;
 constexpr int64_t tiles(int64_t q_len) { return (q_len + TILE - 1) / TILE; }
 
 }  // namespace mirasol::attention
@@ -60,14 +77,17 @@ constexpr int64_t tiles(int64_t q_len) { return (q_len + TILE - 1) / TILE; }
 // Workspace: how many floats each thread needs, 64-byte aligned, not initialised.  Items [begin, end) may be run in any
 // cut, except that the last function's must be begun in ascending order: one may wait for lower ones to have added
 // their share of dq.  (One thread that runs all is right, and so are threads that draw items from a counter.)
-//   forward             attention_tiles items
+//   forward             attention_tiles * attention_splits items of attention_forward
+//   forward, then       where there are splits, attention_tiles items of attention_merge
 //   backward, first     attention_tiles items of attention_backward_rows, all of them before
 //   backward, then      attention_backward_items items of attention_backward
 MIRASOL_DECLARE(
     int64_t attention_tiles(const attention::Shape&);
+    int64_t attention_splits(const attention::Shape&);
     int64_t attention_workspace(const attention::Shape&);
     void attention_forward(const attention::Forward&, float* workspace, int64_t begin, int64_t end);
+    void attention_merge(const attention::Forward&, int64_t begin, int64_t end);
     int64_t attention_backward_items(const attention::Shape&);
     int64_t attention_backward_workspace(const attention::Shape&);
-    void attention_backward_rows(const attention::Backward&, float* workspace, int64_t begin, int64_t end);
+    void attention_backward_rows(const attention::Backward&, int64_t begin, int64_t end);
     void attention_backward(const attention::Backward&, float* workspace, int64_t begin, int64_t end))

@@ -9,7 +9,7 @@ using attention::TILE;
 
 struct Piece {
   int64_t key;
-  int keys, row, rows;  // rows counted from the start of the tile
+  int keys, row, rows;  // rows: lanes of the tile
 };
 
 struct Pieces {
@@ -26,8 +26,9 @@ static inline uint64_t bits(int first, int last) {  // first <= i < last, of 64
   return first >= last ? 0 : (~uint64_t{0} >> (64 - (last - first))) << first;
 }
 
-// The pieces of rows [row, row + rows) with keys in [key, end).
-static Pieces pieces(const attention::Ranges& seen, int64_t batch, int64_t row, int rows, int64_t key, int64_t end) {
+// The pieces of rows [row, row + rows) of each of `heads` heads, with keys in [key, end).
+static Pieces pieces(const attention::Ranges& seen, int64_t batch, int64_t row, int rows, int heads, int64_t key,
+                     int64_t end) {
   Pieces p;
   p.key = p.bound = key, p.end = end, p.groups = 0, p.pending = 0;
   const int64_t table = seen.batch == 1 ? 0 : batch;
@@ -41,7 +42,8 @@ static Pieces pieces(const attention::Ranges& seen, int64_t batch, int64_t row, 
     const int64_t first = offsets[g] > row ? offsets[g] - row : 0;
     const int64_t last = offsets[g + 1] < row + rows ? offsets[g + 1] - row : rows;
     if (first >= last) continue;
-    p.rows[p.groups] = bits(int(first), int(last));
+    p.rows[p.groups] = 0;
+    for (int h = 0; h < heads; ++h) p.rows[p.groups] |= bits(int(first), int(last)) << (h * rows);
     p.range[p.groups] = seen.k_ranges + (table * seen.groups + g) * seen.ranges * 2;
     p.range_end[p.groups] = p.range[p.groups] + seen.ranges * 2;
     ++p.groups;

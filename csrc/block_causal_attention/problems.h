@@ -50,6 +50,53 @@ struct Tensor {  // (batch, heads, rows, dim), with NaN around it
   View<T> view() { return {memory.data(), strides[0], strides[1], strides[2]}; }
 };
 
+// Halves by their definition: rounded to nearest, ties to even.  `bits`: of the mantissa; exponents from `least` on.
+inline float rounded(float x, Dtype dtype) {
+  if (dtype == Dtype::float32 || !std::isfinite(x) || x == 0) return x;
+  const int bits = dtype == Dtype::bfloat16 ? 7 : 10, least = dtype == Dtype::bfloat16 ? -126 : -14;
+  const double unit = std::ldexp(1.0, std::max(std::ilogb(x), least) - bits), y = std::nearbyint(x / unit) * unit;
+  return dtype == Dtype::float16 && std::abs(y) > 65504 ? std::copysign(std::numeric_limits<float>::infinity(), x) : y;
+}
+
+inline uint16_t encoded(float x, Dtype dtype) {
+  const uint16_t sign = std::signbit(x) ? 0x8000 : 0, bits = dtype == Dtype::bfloat16 ? 7 : 10;
+  const int bias = dtype == Dtype::bfloat16 ? 127 : 15;
+  const uint16_t infinite = uint16_t((2 * bias + 1) << bits);
+  x = rounded(std::abs(x), dtype);
+  if (std::isnan(x)) return infinite | 1;
+  if (std::isinf(x)) return sign | infinite;
+  const int exponent = x == 0 ? 1 - bias : std::max(std::ilogb(x), 1 - bias);
+  const int mantissa = int(std::ldexp(double(x), bits - exponent));  // with the leading 1, which subnormals lack
+  return sign | uint16_t(((exponent + bias - 1) << bits) + mantissa);
+}
+
+inline float decoded(uint16_t x, Dtype dtype) {
+  const int bits = dtype == Dtype::bfloat16 ? 7 : 10, bias = dtype == Dtype::bfloat16 ? 127 : 15;
+  const int exponent = (x & 0x7fff) >> bits, mantissa = x & ((1 << bits) - 1);
+  const float sign = x & 0x8000 ? -1 : 1;
+  if (exponent == 2 * bias + 1) return mantissa ? NaN : sign * std::numeric_limits<float>::infinity();
+  return sign * float(std::ldexp(exponent ? mantissa + (1 << bits) : mantissa, std::max(exponent, 1) - bias - bits));
+}
+
+// The memory of a tensor in its dtype, while a kernel works on it.
+struct Stored {
+  Tensor& tensor;
+  Dtype dtype;
+  vector<uint16_t> halves;
+  Stored(Tensor& of, Dtype as) : tensor(of), dtype(as) {
+    if (dtype != Dtype::float32)
+      for (float x : tensor.memory) halves.push_back(encoded(x, dtype));
+  }
+  void read_back() {
+    for (size_t i = 0; i < halves.size(); ++i) tensor.memory[i] = decoded(halves[i], dtype);
+  }
+  template <class T>
+  View<T> view() {
+    void* data = dtype == Dtype::float32 ? static_cast<void*>(tensor.memory.data()) : halves.data();
+    return {data, tensor.strides[0], tensor.strides[1], tensor.strides[2]};
+  }
+};
+
 using Range = std::pair<int32_t, int32_t>;
 using Sees = vector<vector<Range>>;  // [row] -> ranges of keys
 
@@ -146,7 +193,7 @@ inline bool sees(const Problem& p, int64_t b, int64_t row, int64_t key) {
 }
 
 struct Results {
-  Tensor out, lse, dq, dk, dv;
+  Tensor out, lse, dq, dk, dv, lse_low;
   vector<Tensor*> all() { return {&out, &lse, &dq, &dk, &dv}; }
 };
 
@@ -156,11 +203,14 @@ struct Inputs {
 
 inline Inputs inputs_of(const Problem& p) {
   const Shape& s = p.shape;
-  return {Tensor(s.batch, s.q_heads, s.q_len, s.dim, p.kind, p.spread),
-          Tensor(s.batch, s.kv_heads, s.k_len, s.dim, p.kind, p.spread),
-          Tensor(s.batch, s.kv_heads, s.k_len, s.value_dim, p.kind, 1),
-          Tensor(s.batch, s.q_heads, s.q_len, s.value_dim, p.kind, 1),
-          Tensor(s.batch, s.q_heads, s.q_len, 1, Tensor::plain, 1)};
+  Inputs in{Tensor(s.batch, s.q_heads, s.q_len, s.dim, p.kind, p.spread),
+            Tensor(s.batch, s.kv_heads, s.k_len, s.dim, p.kind, p.spread),
+            Tensor(s.batch, s.kv_heads, s.k_len, s.value_dim, p.kind, 1),
+            Tensor(s.batch, s.q_heads, s.q_len, s.value_dim, p.kind, 1),
+            Tensor(s.batch, s.q_heads, s.q_len, 1, Tensor::plain, 1)};
+  for (Tensor* x : {&in.q, &in.k, &in.v, &in.dout})
+    for (float& y : x->memory) y = rounded(y, s.dtype);
+  return in;
 }
 
 inline Results empty_results(const Problem& p) {
@@ -169,7 +219,7 @@ inline Results empty_results(const Problem& p) {
   lse.strides[0] = s.q_heads * s.q_len, lse.strides[1] = s.q_len;  // contiguous: the NaN row is at the very end
   return {Tensor(s.batch, s.q_heads, s.q_len, s.value_dim, p.kind), lse,
           Tensor(s.batch, s.q_heads, s.q_len, s.dim, p.kind), Tensor(s.batch, s.kv_heads, s.k_len, s.dim, p.kind),
-          Tensor(s.batch, s.kv_heads, s.k_len, s.value_dim, p.kind)};
+          Tensor(s.batch, s.kv_heads, s.k_len, s.value_dim, p.kind), lse};
 }
 
 // The definition, in the arithmetic of T, in the order of Results::all().  Scores are summed from element `first` on,
@@ -226,6 +276,8 @@ inline vector<Problem> problems() {
       {"window", {1, 2, 1, 240, 240, 80, 80, scale(80)}, {block_causal(240, 240, 24, 24, 2)}, Tensor::rows_first},
       {"diagonal", {1, 2, 2, 192, 192, 32, 32, scale(32)}, {block_causal(192, 192, 32, 32, 1)}},
       {"few queries", {2, 3, 1, 12, 390, 24, 40, scale(24)}, {block_causal(12, 390, 4, 130, 99)}, Tensor::padded},
+      {"decode", {2, 6, 2, 3, 3100, 24, 40, scale(24)}, {block_causal(3, 3100, 1, 1033, 99)}, Tensor::padded},
+      {"decode with holes", {1, 4, 1, 5, 4200, 16, 8, scale(16)}, {random_sees(5, 4200)}, Tensor::rows_first},
       {"many keys", {1, 2, 1, 150, 1300, 16, 16, scale(16)}, {block_causal(150, 1300, 15, 130, 99)}, Tensor::padded},
       {"causal text", {1, 2, 1, 130, 130, 48, 48, scale(48)}, {block_causal(130, 130, 1, 1, 999)}},
       {"largest dims", {1, 1, 1, 70, 70, 256, 256, scale(256)}, {block_causal(70, 70, 7, 7, 99)}},
@@ -245,6 +297,16 @@ inline vector<Problem> problems() {
     for (int64_t b = draw(0, 1) ? 1 : batch; b > 0; --b) p.sees.push_back(random_sees(int32_t(q_len), int32_t(k_len)));
     all.push_back(p);
   }
+  // Each in halves too; bfloat16 both ways, whichever of them this chip would take.
+  for (size_t i = 0, n = all.size(); i < n; ++i)
+    for (auto [dtype, pairs] : {std::pair{Dtype::float16, false}, {Dtype::bfloat16, false}, {Dtype::bfloat16, true}}) {
+      Problem p = all[i];
+      p.shape.dtype = dtype, p.shape.pairs = pairs;
+      p.name += dtype == Dtype::float16 ? ", float16" : pairs ? ", bfloat16 in pairs" : ", bfloat16";
+      if (pairs) p.shape.dim += p.shape.dim % 2, p.shape.value_dim += p.shape.value_dim % 2;
+      if (dtype == Dtype::float16 && p.spread > 10) continue;
+      all.push_back(p);
+    }
   return all;
 }
 

@@ -19,7 +19,7 @@ using attention::Ranges;
 using attention::Shape;
 using attention::View;
 
-constexpr int MAX_DIM = 256;
+using attention::MAX_DIM;
 constexpr int RUN = 64;  // terms that are summed before they join the rest: rounding grows with the run, not the row
 
 // This lane's elements of a row: number `lane`, lane + size, ...
@@ -63,9 +63,14 @@ MIRASOL_HOST_DEVICE float dot(Lanes lanes, const Row<Lanes>& a, const float* b, 
   return lanes.sum(sum);
 }
 
-template <class T>
-MIRASOL_HOST_DEVICE T* at(const View<T>& view, int64_t batch, int64_t head, int64_t row) {
-  return view.data + batch * view.batch + head * view.head + row * view.row;
+MIRASOL_HOST_DEVICE inline const float* at(const View<const void>& view, int64_t batch, int64_t head, int64_t row) {
+  return static_cast<const float*>(view.data) + batch * view.batch + head * view.head + row * view.row;
+}
+MIRASOL_HOST_DEVICE inline float* at(const View<void>& view, int64_t batch, int64_t head, int64_t row) {
+  return static_cast<float*>(view.data) + batch * view.batch + head * view.head + row * view.row;
+}
+MIRASOL_HOST_DEVICE inline float at(const View<const float>& view, int64_t batch, int64_t head, int64_t row) {
+  return view.data[batch * view.batch + head * view.head + row * view.row];
 }
 
 // The last of n intervals that begins at or before x: offsets has n + 1 ascending entries, offsets[0] <= x.
@@ -136,10 +141,14 @@ MIRASOL_HOST_DEVICE void forward_row(Lanes lanes, const Forward& f, int64_t item
     merge(all, run);
   });
   store(lanes, at(f.out, to.batch, to.head, to.row), shape.value_dim, all.sum, all.total == 0 ? 0 : 1 / all.total);
-  if (lanes.lane == 0) f.lse[item] = all.top + logf(all.total);  // -inf where nothing was seen
+  if (lanes.lane == 0) {
+    const float log_total = logf(all.total), lse = all.top + log_total, moved = lse - all.top;
+    f.lse[item] = lse;  // -inf where nothing was seen
+    f.lse_low[item] = fabsf(lse) < INFINITY ? (all.top - (lse - moved)) + (log_total - moved) : 0;
+  }
 }
 
-// dq of one query row, and its delta and lse_low for the keys' turn; items: batch * q_heads * q_len.
+// dq of one query row, and its delta for the keys' turn; items: batch * q_heads * q_len.
 template <class Lanes>
 MIRASOL_HOST_DEVICE void backward_query_row(Lanes lanes, const Backward& g, int64_t item) {
   const Shape& shape = g.shape;
@@ -147,22 +156,9 @@ MIRASOL_HOST_DEVICE void backward_query_row(Lanes lanes, const Backward& g, int6
   const int64_t kv_head = to.head / (shape.q_heads / shape.kv_heads);
   const Row<Lanes> q = load(lanes, at(g.q, to.batch, to.head, to.row), shape.dim);
   const Row<Lanes> dout = load(lanes, at(g.dout, to.batch, to.head, to.row), shape.value_dim);
-  const float lse = *at(g.lse, to.batch, to.head, to.row);
+  const float lse = at(g.lse, to.batch, to.head, to.row), low = at(g.lse_low, to.batch, to.head, to.row);
   const float delta = dot(lanes, dout, at(g.out, to.batch, to.head, to.row), shape.value_dim) -
-                      *at(g.dlse, to.batch, to.head, to.row);
-  float low = 0;  // what the rounding of lse left out, as in backward.h
-  if (fabsf(lse) > 16 && fabsf(lse) < INFINITY) {
-    float mass = 0;
-    for_keys(g.seen, to.batch, to.row, [&](int64_t key, int64_t end) {
-      float run = 0;
-      for (; key < end; ++key) {
-        const float score = dot(lanes, q, at(g.k, to.batch, kv_head, key), shape.dim);
-        run += expf(fmaf(shape.scale, score, -lse));
-      }
-      mass += run;
-    });
-    low = fabsf(logf(mass)) <= 1.1920929e-7f * fabsf(lse) ? logf(mass) : 0;
-  }
+                      at(g.dlse, to.batch, to.head, to.row);
   Row<Lanes> dq = {};
   for_keys(g.seen, to.batch, to.row, [&](int64_t key, int64_t end) {
     Row<Lanes> run = {};
@@ -174,7 +170,7 @@ MIRASOL_HOST_DEVICE void backward_query_row(Lanes lanes, const Backward& g, int6
     add(dq, 1, run);
   });
   store(lanes, at(g.dq, to.batch, to.head, to.row), shape.dim, dq, shape.scale);
-  if (lanes.lane == 0) g.delta[item] = delta, g.lse_low[item] = low;
+  if (lanes.lane == 0) g.delta[item] = delta;
 }
 
 // dk and dv of one key row, after all query rows; items: batch * kv_heads * k_len.
@@ -197,8 +193,8 @@ MIRASOL_HOST_DEVICE void backward_key_row(Lanes lanes, const Backward& g, int64_
         for (const int64_t stop = row + RUN < end ? row + RUN : end; row < stop; ++row) {
           const int64_t number = (to.batch * shape.q_heads + head) * shape.q_len + row;
           const float *q = at(g.q, to.batch, head, row), *dout = at(g.dout, to.batch, head, row);
-          const float lse = *at(g.lse, to.batch, head, row);
-          const float p = expf(fmaf(shape.scale, dot(lanes, k, q, shape.dim), -lse) - g.lse_low[number]);
+          const float lse = at(g.lse, to.batch, head, row), low = at(g.lse_low, to.batch, head, row);
+          const float p = expf(fmaf(shape.scale, dot(lanes, k, q, shape.dim), -lse) - low);
           add(run_k, p * (dot(lanes, v, dout, shape.value_dim) - g.delta[number]), load(lanes, q, shape.dim));
           add(run_v, p, load(lanes, dout, shape.value_dim));
         }

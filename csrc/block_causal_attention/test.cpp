@@ -17,20 +17,44 @@ using namespace mirasol::attention;
 
 namespace {
 
-Forward forward_of(const Problem& p, const Tables& t, Inputs& in, Results& r) {
-  return {p.shape, t.seen(), in.q.view<const float>(), in.k.view<const float>(), in.v.view<const float>(),
-          r.out.view<float>(), r.lse.memory.data()};
-}
+// The arguments of both directions, with everything that they point to.
+struct Call {
+  const Problem& p;
+  const Tables& t;
+  Results& r;
+  Tensor& lse_low;
+  Stored q, k, v, dout, out, dq, dk, dv;
+  View<const float> dlse, lse, low;
+  int64_t rows = p.shape.batch * p.shape.q_heads * p.shape.q_len;
+  vector<float> delta = vector<float>(rows, NaN), parts, shares;
+  vector<int32_t> turns = vector<int32_t>(p.shape.batch * p.shape.q_heads * tiles(p.shape.q_len), 0);
 
-Backward backward_of(const Problem& p, const Tables& t, Inputs& in, Results& r, vector<float>& rows,
-                     vector<int32_t>& turns) {
-  const int64_t n = p.shape.batch * p.shape.q_heads * p.shape.q_len;
-  rows.assign(2 * n, NaN), turns.assign(p.shape.batch * p.shape.q_heads * tiles(p.shape.q_len), 0);
-  return {p.shape, t.seen(), t.seen_by(),
-          in.dout.view<const float>(), in.q.view<const float>(), in.k.view<const float>(), in.v.view<const float>(),
-          r.out.view<const float>(), in.dlse.view<const float>(), r.lse.view<const float>(),
-          r.dq.view<float>(), r.dk.view<float>(), r.dv.view<float>(), rows.data(), rows.data() + n, turns.data()};
-}
+  Call(const Problem& problem, const Tables& tables, Inputs& in, Results& results)
+      : p(problem), t(tables), r(results), lse_low(results.lse_low), q(in.q, p.shape.dtype), k(in.k, p.shape.dtype),
+        v(in.v, p.shape.dtype), dout(in.dout, p.shape.dtype), out(r.out, p.shape.dtype), dq(r.dq, p.shape.dtype),
+        dk(r.dk, p.shape.dtype), dv(r.dv, p.shape.dtype), dlse(in.dlse.view<const float>()),
+        lse(r.lse.view<const float>()), low(r.lse_low.view<const float>()) {
+    const Shape& s = p.shape;
+    parts.assign(MIRASOL_CALL(attention_splits, s) * rows * (s.value_dim + 2), NaN);
+    shares.assign(rows * s.dim, NaN);
+  }
+  Forward forward() {
+    return {p.shape, t.seen(), q.view<const void>(), k.view<const void>(), v.view<const void>(), out.view<void>(),
+            r.lse.memory.data(), r.lse_low.memory.data(), parts.data()};
+  }
+  Backward backward() {
+    const Shape& s = p.shape;
+    const bool single = s.dtype == Dtype::float32;
+    const View<float> share{shares.data(), s.q_heads * s.q_len * s.dim, s.q_len * s.dim, s.dim};
+    return {p.shape, t.seen(), t.seen_by(),
+            dout.view<const void>(), q.view<const void>(), k.view<const void>(), v.view<const void>(),
+            out.view<const void>(), dlse, lse, low, dq.view<void>(), dk.view<void>(), dv.view<void>(), delta.data(),
+            single ? r.dq.view<float>() : share, turns.data()};
+  }
+  void read_back() {
+    for (Stored* x : {&out, &dq, &dk, &dv}) x->read_back();
+  }
+};
 
 template <class Each>
 void run(int threads, int64_t items, int64_t workspace, Each each) {
@@ -50,17 +74,19 @@ void run(int threads, int64_t items, int64_t workspace, Each each) {
 Results on_cpu(const Problem& p, const Tables& t, Inputs& in, int threads) {
   Results r = empty_results(p);
   const Shape& s = p.shape;
-  const Forward f = forward_of(p, t, in, r);
-  run(threads, MIRASOL_CALL(attention_tiles, s), MIRASOL_CALL(attention_workspace, s),
+  Call call(p, t, in, r);
+  const Forward f = call.forward();
+  const int64_t items = MIRASOL_CALL(attention_tiles, s), splits = MIRASOL_CALL(attention_splits, s);
+  run(threads, items * splits, MIRASOL_CALL(attention_workspace, s),
       [&](float* space, int64_t begin, int64_t end) { MIRASOL_CALL(attention_forward, f, space, begin, end); });
-  vector<float> rows;
-  vector<int32_t> turns;
-  const Backward g = backward_of(p, t, in, r, rows, turns);
-  r.dq.each([](float& x) { x = 0; });
-  run(threads, MIRASOL_CALL(attention_tiles, s), MIRASOL_CALL(attention_workspace, s),
-      [&](float* space, int64_t begin, int64_t end) { MIRASOL_CALL(attention_backward_rows, g, space, begin, end); });
+  if (splits > 1)
+    run(threads, items, 0, [&](float*, int64_t begin, int64_t end) { MIRASOL_CALL(attention_merge, f, begin, end); });
+  const Backward g = call.backward();
+  run(threads, items, 0,
+      [&](float*, int64_t begin, int64_t end) { MIRASOL_CALL(attention_backward_rows, g, begin, end); });
   run(threads, MIRASOL_CALL(attention_backward_items, s), MIRASOL_CALL(attention_backward_workspace, s),
       [&](float* space, int64_t begin, int64_t end) { MIRASOL_CALL(attention_backward, g, space, begin, end); });
+  call.read_back();
   return r;
 }
 
@@ -72,11 +98,10 @@ struct Alone {  // a warp of one lane
 Results as_on_gpu(const Problem& p, const Tables& t, Inputs& in) {
   Results r = empty_results(p);
   const Shape& s = p.shape;
-  const Forward f = forward_of(p, t, in, r);
+  Call call(p, t, in, r);
+  const Forward f = call.forward();
   for (int64_t i = 0; i < s.batch * s.q_heads * s.q_len; ++i) mirasol::cuda::forward_row(Alone{}, f, i);
-  vector<float> rows;
-  vector<int32_t> turns;
-  const Backward g = backward_of(p, t, in, r, rows, turns);
+  const Backward g = call.backward();
   for (int64_t i = 0; i < s.batch * s.q_heads * s.q_len; ++i) mirasol::cuda::backward_query_row(Alone{}, g, i);
   for (int64_t i = 0; i < s.batch * s.kv_heads * s.k_len; ++i) mirasol::cuda::backward_key_row(Alone{}, g, i);
   return r;
@@ -108,9 +133,10 @@ void expect(bool fine, const Problem& p, const std::string& what) {
   std::printf("FAILED %s: %s\n", p.name.c_str(), what.c_str());
 }
 
-// The error may be twice that of the definition in float32, which the arithmetic cannot avoid, plus four ulps of the
-// largest value.
-double excess(Tensor& actual, const vector<double>& exact, double unavoidable) {
+// The error may be twice that of the definition in float32, rounded to the dtype, which the arithmetic cannot avoid,
+// plus four ulps of the largest value.
+double excess(Tensor& actual, const vector<double>& exact, double unavoidable, Dtype dtype) {
+  const double ulp = dtype == Dtype::float32 ? 0x1p-23 : dtype == Dtype::float16 ? 0x1p-10 : 0x1p-7;
   double error = 0, largest = 0;
   const vector<double> got = actual.values();
   for (size_t i = 0; i < exact.size(); ++i) {
@@ -118,21 +144,22 @@ double excess(Tensor& actual, const vector<double>& exact, double unavoidable) {
     if (std::isinf(exact[i])) continue;
     error = std::max(error, std::abs(got[i] - exact[i])), largest = std::max(largest, std::abs(exact[i]));
   }
-  return error == 0 ? 0 : error / (2 * unavoidable + 4 * std::numeric_limits<float>::epsilon() * largest);
+  return error == 0 ? 0 : error / (2 * unavoidable + 4 * ulp * largest);
 }
 
 double against_definition(const Problem& p, Inputs& in, Results& r, const char* who) {
   static const char* const names[] = {"out", "lse", "dq", "dk", "dv"};
   const vector<vector<double>> exact = definition<double>(p, in);
   double unavoidable[5] = {}, worst = 0;
+  const auto dtype = [&](int i) { return i == 1 ? Dtype::float32 : p.shape.dtype; };  // lse is float
   for (int order = 0; order < 3; ++order) {  // one alone may be lucky where few rows have large scores
     const vector<vector<float>> low = definition<float>(p, in, order * p.shape.dim / 3);
     for (int i = 0; i < 5; ++i)
       for (size_t j = 0; j < exact[i].size(); ++j)
-        if (std::isfinite(exact[i][j])) unavoidable[i] = std::max(unavoidable[i], std::abs(low[i][j] - exact[i][j]));
+        if (std::isfinite(exact[i][j])) unavoidable[i] = std::max(unavoidable[i], std::abs(rounded(low[i][j], dtype(i)) - exact[i][j]));
   }
   for (int i = 0; i < 5; ++i) {
-    const double used = excess(*r.all()[i], exact[i], unavoidable[i]);
+    const double used = excess(*r.all()[i], exact[i], unavoidable[i], dtype(i));
     expect(used <= 1, p, std::string(who) + " " + names[i] + ": error is " + std::to_string(used) + " of its budget");
     worst = std::max(worst, used);
   }
@@ -153,8 +180,12 @@ double check(const Problem& p) {
       if (!seen) poison(in.k, b, key), poison(in.v, b, key);
     }
   }
-  Results r = on_cpu(p, t, in, 1), gpu = as_on_gpu(p, t, in);
-  const double worst = std::max(against_definition(p, in, r, "cpu"), against_definition(p, in, gpu, "rows"));
+  Results r = on_cpu(p, t, in, 1);
+  double worst = against_definition(p, in, r, "cpu");
+  if (p.shape.dtype == Dtype::float32) {
+    Results gpu = as_on_gpu(p, t, in);
+    worst = std::max(worst, against_definition(p, in, gpu, "rows"));
+  }
   for (int threads : {2, 7}) {
     Results other = on_cpu(p, t, in, threads);
     for (int i = 0; i < 5; ++i)

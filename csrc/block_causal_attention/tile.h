@@ -1,6 +1,7 @@
 #pragma once
 // What forward and backward share: a tile of query rows in the lanes of vectors.  Scores are kept transposed, (keys,
 // TILE): softmax is then vertical, K and V are read as they lie, an element broadcast at a time, and rows never meet.
+#include <type_traits>
 #include "block_causal_attention/pieces.h"
 #include "common/gemm.h"
 
@@ -18,22 +19,54 @@ static inline void zero(float* x, int64_t n) {
 static inline int64_t padded(int64_t n) { return (n + WIDTH - 1) / WIDTH * WIDTH; }
 static inline int least(int64_t a, int64_t b) { return int(a < b ? a : b); }
 
-template <class T>
-static inline T* at(const View<T>& view, int64_t batch, int64_t head, int64_t row) {
-  return view.data + batch * view.batch + head * view.head + row * view.row;
+template <class T, class Any>
+static inline T* at(const View<Any>& view, int64_t batch, int64_t head, int64_t row) {
+  return static_cast<T*>(view.data) + batch * view.batch + head * view.head + row * view.row;
 }
 
+// The lanes: `rows` rows of each of `heads` query heads of one kv head, head after head.
 struct Tile {
   int64_t batch, head, kv_head, row;
-  int rows;
+  int rows, heads;
+  int lanes() const { return rows * heads; }
 };
+
+// Short queries leave room for several heads that read the same keys: a divisor of the group, as many as fit.
+static int heads_of_tile(const Shape& shape) {
+  const int64_t group = shape.kv_heads ? shape.q_heads / shape.kv_heads : 1;
+  int64_t heads = shape.q_len ? TILE / shape.q_len : 1;
+  if (heads > group) heads = group;
+  while (heads > 1 && group % heads) --heads;
+  return heads > 1 ? int(heads) : 1;
+}
 
 // The last tiles come first: in a causal layout they are the longest, and short ones even out the threads at the end.
 static Tile tile_of(const Shape& shape, int64_t item) {
-  const int64_t heads = shape.batch * shape.q_heads, head = item % shape.q_heads;
+  const int packed = heads_of_tile(shape);
+  const int64_t per_row = shape.q_heads / packed, head = item % per_row * packed, heads = shape.batch * per_row;
   const int64_t row = (attention::tiles(shape.q_len) - 1 - item / heads) * TILE;
   const int64_t kv_head = head / (shape.q_heads / shape.kv_heads);
-  return {item % heads / shape.q_heads, head, kv_head, row, least(TILE, shape.q_len - row)};
+  return {item % heads / per_row, head, kv_head, row, least(TILE, shape.q_len - row), packed};
+}
+
+// Of a lane, among (batch, q_heads, q_len).
+static int64_t row_number(const Shape& shape, const Tile& t, int lane) {
+  return (t.batch * shape.q_heads + t.head + lane / t.rows) * shape.q_len + t.row + lane % t.rows;
+}
+
+// Where the elements of a lane are.
+template <class T>
+struct Lanes {
+  T* first;
+  int64_t head, row;
+  int rows;
+  T* operator()(int lane) const {
+    return lane < rows ? first + lane * row : first + lane / rows * head + lane % rows * row;
+  }
+};
+template <class T, class Any>
+static Lanes<T> lanes_of(const View<Any>& view, const Tile& t) {
+  return {at<T>(view, t.batch, t.head, t.row), view.head, view.row, t.rows};
 }
 
 // The vectors of a tile that hold rows of a piece; `masked` when one of them also holds another live row of the tile.
@@ -43,35 +76,42 @@ struct Span {
   Bits mask[TILE_VECTORS];  // of vectors first .. first + count - 1
 };
 
-static Span span(const Piece& piece, int tile_rows) {
+static Span span(const Piece& piece, int lanes) {
   const int begin = piece.row, end = piece.row + piece.rows;
   Span s;
   s.first = begin / WIDTH, s.count = (end + WIDTH - 1) / WIDTH - s.first;
-  s.masked = begin % WIDTH != 0 || (end % WIDTH != 0 && end < tile_rows);
-  for (int v = 0; v < s.count; ++v) s.mask[v] = lanes(begin - (s.first + v) * WIDTH, end - (s.first + v) * WIDTH);
+  s.masked = begin % WIDTH != 0 || (end % WIDTH != 0 && end < lanes);
+  for (int v = 0; v < s.count; ++v) s.mask[v] = lanes_between(begin - (s.first + v) * WIDTH, end - (s.first + v) * WIDTH);
   return s;
 }
 
-// to[d * TILE + r] = from[r * stride + d], and 0 up to the next whole vector of rows.
-static void pack_transposed(const float* from, int64_t stride, int rows, int64_t dim, float* to) {
-  for (int r = 0; r < rows; r += WIDTH)
+// to (dim, TILE) = the rows of the lanes, transposed, and 0 up to the next whole vector of lanes.  As pairs: (dim / 2,
+// TILE), elements d and d + 1 in one.
+template <bool PAIRS, class T>
+static void pack_transposed(const Lanes<const T>& from, int lanes, int64_t dim, float* to) {
+  if constexpr (PAIRS) dim /= 2;
+  for (int r = 0; r < lanes; r += WIDTH) {
     for (int64_t d = 0; d < dim; d += WIDTH) {
       const int n = least(WIDTH, dim - d);
       Vec x[WIDTH] = {};
 #pragma GCC unroll 16
       for (int i = 0; i < WIDTH; ++i)
-        if (r + i < rows) x[i] = load_part(from + (r + i) * stride + d, n);
+        if (r + i < lanes) {
+          if constexpr (PAIRS) x[i] = load_part(reinterpret_cast<const Element*>(from(r + i)) + d, n);
+          else x[i] = load_part(from(r + i) + d, n);
+        }
       transpose(x);
 #pragma GCC unroll 16
       for (int j = 0; j < WIDTH; ++j)
         if (j < n) store(to + (d + j) * TILE + r, x[j]);
     }
+  }
 }
 
-// Calls each(row, d, n, x) with elements [d, d + n) of a row of a transposed tile, times the `factor` of the row.
+// Calls each(lane, d, n, x) with elements [d, d + n) of the row of a lane of a transposed tile, times its `factor`.
 template <class Each>
-static inline void unpack_transposed(const float* from, int rows, int64_t dim, const float* factor, Each each) {
-  for (int r = 0; r < rows; r += WIDTH)
+static inline void unpack_transposed(const float* from, int lanes, int64_t dim, const float* factor, Each each) {
+  for (int r = 0; r < lanes; r += WIDTH)
     for (int64_t d = 0; d < dim; d += WIDTH) {
       const int n = least(WIDTH, dim - d);
       Vec x[WIDTH] = {};
@@ -81,24 +121,80 @@ static inline void unpack_transposed(const float* from, int rows, int64_t dim, c
       transpose(x);
 #pragma GCC unroll 16
       for (int i = 0; i < WIDTH; ++i)
-        if (r + i < rows) each(r + i, d, n, x[i]);
+        if (r + i < lanes) each(r + i, d, n, x[i]);
     }
+}
+
+// Rows of K or V as the factor of a product that is broadcast.  Float rows lie ready.
+struct Factor {
+  const Element* data;
+  int64_t row;  // stride
+};
+
+// Row by row, for a sum over their elements: halves are made floats in `space`, pairs lie ready where rows are whole ones.
+template <bool PAIRS, class T>
+static Factor rows_of(const T* from, int64_t stride, int rows, int64_t dim, float* space) {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    return {from, stride};
+  } else if constexpr (PAIRS) {
+    if (stride % 2 == 0) return {reinterpret_cast<const Element*>(from), stride / 2};
+    for (int r = 0; r < rows; ++r) std::memcpy(space + r * (dim / 2), from + r * stride, dim * sizeof(T));
+    return {space, dim / 2};
+  } else {
+    const int64_t width = padded(dim);
+    for (int r = 0; r < rows; ++r)
+      for (int64_t d = 0; d < dim; d += WIDTH)
+        store(space + r * width + d, load_part(from + r * stride + d, least(WIDTH, dim - d)));
+    return {space, width};
+  }
+}
+
+// to (rows / 2, padded dim): rows 2 i and 2 i + 1 as pairs; 0 is the partner of an odd last one.
+template <class Row>
+static void pair_rows(Row row, int rows, int64_t dim, float* to) {
+  for (int r = 0; r < rows; r += 2, to += padded(dim))
+    for (int64_t d = 0; d < dim; d += WIDTH) {
+      const int n = least(WIDTH, dim - d);
+      store(to + d, pair(load_halves(row(r) + d, n), r + 1 < rows ? load_halves(row(r + 1) + d, n) : Halves{}));
+    }
+}
+
+// The same for a sum over the rows, as pairs of them.
+template <bool PAIRS, class T>
+static Factor terms_of(const T* from, int64_t stride, int rows, int64_t dim, float* space) {
+  if constexpr (!PAIRS) return rows_of<false>(from, stride, rows, dim, space);
+  else {
+    pair_rows([&](int r) { return from + r * stride; }, rows, dim, space);
+    return {space, padded(dim)};
+  }
 }
 
 // to(keys, lanes) = K Q^T for the vectors of a span, with `tile` the packed Q^T.  Not scaled yet: that is one rounding
 // together with the subtraction that follows, and Q is not rounded before the product.
-static inline void scores(const Piece& piece, const Span& s, const float* tile, int64_t dim, const float* keys,
-                          int64_t key_stride, float* to) {
-  gemm({.vectors = s.count, .n = piece.keys, .k = int(dim), .a = tile + s.first * WIDTH, .a_k = TILE,
-        .b = keys, .b_n = key_stride, .b_k = 1, .c = to + s.first * WIDTH, .c_n = TILE});
+template <bool PAIRS>
+static inline void scores(int keys, const Span& s, const float* tile, int64_t dim, const Factor& k, float* to) {
+  gemm<PAIRS>({.vectors = s.count, .n = keys, .k = int(PAIRS ? dim / 2 : dim), .a = tile + s.first * WIDTH,
+               .a_k = TILE, .b = k.data, .b_n = k.row, .b_k = 1, .c = to + s.first * WIDTH, .c_n = TILE});
 }
 
-// tile(dim, lanes) += X^T P, with X (keys, dim) and P (keys, lanes): the product that ends in a row of queries.
-static inline void gather(const Piece& piece, const Span& s, const float* p, const float* x, int64_t x_stride,
-                          int64_t dim, float* tile) {
-  gemm({.vectors = s.count, .n = int(dim), .k = piece.keys, .a = p + s.first * WIDTH, .a_k = TILE,
-        .b = x, .b_n = 1, .b_k = x_stride, .c = tile + s.first * WIDTH, .c_n = TILE, .add = true,
-        .mask = s.masked ? s.mask : nullptr});
+// tile(dim, lanes) += X^T P, with X (keys, dim) and P (keys, lanes), or pairs of keys of both: the product that ends in
+// a row of queries.
+template <bool PAIRS>
+static inline void gather(int keys, const Span& s, const float* p, const Factor& x, int64_t dim, float* tile) {
+  gemm<PAIRS>({.vectors = s.count, .n = int(dim), .k = PAIRS ? (keys + 1) / 2 : keys, .a = p + s.first * WIDTH,
+               .a_k = TILE, .b = x.data, .b_n = 1, .b_k = x.row, .c = tile + s.first * WIDTH, .c_n = TILE, .add = true,
+               .mask = s.masked ? s.mask : nullptr});
+}
+
+// Kernels are written once and compiled for each dtype: call(T{}, pairs).
+template <class Call>
+static inline void for_dtype(const Shape& shape, Call call) {
+  switch (shape.dtype) {
+    case attention::Dtype::float32: return call(float{}, std::false_type{});
+    case attention::Dtype::float16: return call(float16{}, std::false_type{});
+    case attention::Dtype::bfloat16:
+      return shape.pairs ? call(bfloat16{}, std::true_type{}) : call(bfloat16{}, std::false_type{});
+  }
 }
 
 }  // namespace mirasol::MIRASOL_ISA

@@ -3,7 +3,8 @@
 // The lanes of a vector run along m, the elements of B are broadcast; so A and C are read as they lie and nothing is
 // packed, and B may lie either way (b_n and b_k are its two strides).  Each call sums its k terms from zero, in order,
 // and adds the sum to C once: as exact as a blocked sum, and the same whatever else is computed.
-#include "common/vec.h"
+// The elements of A and B are floats, or pairs of bfloat16 along k (PAIRS): the same 32 bits to everything but `dot`.
+#include "common/half.h"
 
 namespace mirasol::MIRASOL_ISA {
 
@@ -25,7 +26,7 @@ struct Product {
   int vectors, n, k;  // m is `vectors` whole vectors
   const float* a;
   int64_t a_k;  // strides
-  const float* b;
+  const Element* b;
   int64_t b_n, b_k;
   float* c;
   int64_t c_n;
@@ -33,8 +34,13 @@ struct Product {
   const Bits* mask = nullptr;  // one per vector, or none: a lane that is off gets nothing, not even 0 * NaN
 };
 
+template <bool PAIRS>
+static inline Vec step(Vec a, Vec b, Vec c) {
+  return PAIRS ? dot(a, b, c) : fma(a, b, c);
+}
+
 // N rows of V vectors of C in registers.
-template <int V, int N, bool MASKED>
+template <bool PAIRS, int V, int N, bool MASKED>
 static inline void gemm_block(Product p) {
   Vec sum[N][V] = {};
   for (int i = 0; i < p.k; ++i, p.a += p.a_k, p.b += p.b_k) {
@@ -43,7 +49,7 @@ static inline void gemm_block(Product p) {
       const Vec factor = broadcast(p.b[n * p.b_n]);
 #pragma GCC unroll 8
       for (int v = 0; v < V; ++v)
-        sum[n][v] = fma(load(p.a + v * WIDTH), MASKED ? keep(p.mask[v], factor) : factor, sum[n][v]);
+        sum[n][v] = step<PAIRS>(load(p.a + v * WIDTH), MASKED ? keep(p.mask[v], factor) : factor, sum[n][v]);
     }
   }
 #pragma GCC unroll 8
@@ -56,34 +62,35 @@ static inline void gemm_block(Product p) {
 }
 
 // The rows left over after whole blocks, in one block of their number, at most N.
-template <int V, int N, bool MASKED>
+template <bool PAIRS, int V, int N, bool MASKED>
 static inline void gemm_rest(const Product& p) {
   if constexpr (N > 0) {
-    if (p.n == N) return gemm_block<V, N, MASKED>(p);
-    gemm_rest<V, N - 1, MASKED>(p);
+    if (p.n == N) return gemm_block<PAIRS, V, N, MASKED>(p);
+    gemm_rest<PAIRS, V, N - 1, MASKED>(p);
   }
 }
 
-template <int V, bool MASKED>
+template <bool PAIRS, int V, bool MASKED>
 static void gemm_rows(Product p) {
   constexpr int N = MASKED ? 2 : BLOCK[V];  // masked products are few: small code rather than the best
-  for (; p.n >= N; p.n -= N, p.b += N * p.b_n, p.c += N * p.c_n) gemm_block<V, N, MASKED>(p);
-  gemm_rest<V, N - 1, MASKED>(p);
+  for (; p.n >= N; p.n -= N, p.b += N * p.b_n, p.c += N * p.c_n) gemm_block<PAIRS, V, N, MASKED>(p);
+  gemm_rest<PAIRS, V, N - 1, MASKED>(p);
 }
 
-template <int V>
+template <bool PAIRS, int V>
 static void gemm_width(const Product& p) {
   if constexpr (V > 0) {
-    if (p.vectors != V) return gemm_width<V - 1>(p);
-    p.mask ? gemm_rows<V, true>(p) : gemm_rows<V, false>(p);
+    if (p.vectors != V) return gemm_width<PAIRS, V - 1>(p);
+    p.mask ? gemm_rows<PAIRS, V, true>(p) : gemm_rows<PAIRS, V, false>(p);
   }
 }
 
+template <bool PAIRS = false>
 static void gemm(Product p) {
   int left = p.vectors;
   for (int blocks = (left + MAX_VECTORS - 1) / MAX_VECTORS; blocks > 0; --blocks) {
     p.vectors = (left + blocks - 1) / blocks;  // of nearly the same width: 8 is 4 + 4, not 6 + 2
-    gemm_width<MAX_VECTORS>(p);
+    gemm_width<PAIRS, MAX_VECTORS>(p);
     left -= p.vectors;
     p.a += p.vectors * WIDTH, p.c += p.vectors * WIDTH;
     if (p.mask) p.mask += p.vectors;

@@ -27,9 +27,10 @@ constexpr int WIDTH = 4;
 typedef float Vec __attribute__((vector_size(4 * WIDTH)));
 typedef int32_t Bits __attribute__((vector_size(4 * WIDTH)));  // as a mask: -1 in a lane that is on, 0 in others
 typedef uint32_t Words __attribute__((vector_size(4 * WIDTH)));
-typedef float Unaligned __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
+typedef float Unaligned __attribute__((vector_size(4 * WIDTH), aligned(2), may_alias));
+typedef float Element __attribute__((aligned(2), may_alias));  // 32 bits at any even address: a float or two halves
 
-static inline Vec load(const float* p) { return *reinterpret_cast<const Unaligned*>(p); }
+static inline Vec load(const Element* p) { return *reinterpret_cast<const Unaligned*>(p); }
 static inline void store(float* p, Vec x) { *reinterpret_cast<Unaligned*>(p) = x; }
 static inline Vec select(Bits mask, Vec yes, Vec no) { return mask ? yes : no; }
 static inline Vec keep(Bits mask, Vec x) { return (Vec)(mask & (Bits)x); }  // 0 in a lane that is off, also for NaN
@@ -58,7 +59,7 @@ static inline Vec max(Vec a, Vec b) { return select(a > b, a, b); }
 #endif
 
 // The first n floats at p, zeros after them; nothing past p[n] is read (or, by store_part, written).
-static inline Vec load_part(const float* p, int n) {
+static inline Vec load_part(const Element* p, int n) {
   if (n >= WIDTH) return load(p);
   Vec x{};
   for (int i = 0; i < n; ++i) x[i] = p[i];
@@ -76,7 +77,7 @@ static inline float sum(Vec x) {
 }
 
 // Lanes first <= i < last.
-static inline Bits lanes(int first, int last) {
+static inline Bits lanes_between(int first, int last) {
   Bits i;
   for (int j = 0; j < WIDTH; ++j) i[j] = j;
   return (i >= first) & (i < last);

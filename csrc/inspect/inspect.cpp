@@ -64,11 +64,11 @@ Ranges ranges_of(const Ints& q_offsets, const Ints& k_ranges) {
 }
 
 template <class T, class Array>
-View<T> view(Array& x, T* data) {
+View<T> view(const Array& x, T* data) {
   return {data, x.shape(1) * x.shape(2) * x.shape(3), x.shape(2) * x.shape(3), x.shape(3)};
 }
-View<const float> in(const Floats& x) { return view<const float>(x, x.data()); }
-View<float> out(Floats& x) { return view<float>(x, x.mutable_data()); }
+View<const void> in(const Floats& x) { return view<const void>(x, x.data()); }
+View<void> out(Floats& x) { return view<void>(x, x.mutable_data()); }
 
 Floats like(int64_t b, int64_t h, int64_t n, int64_t d) { return Floats(std::vector<int64_t>{b, h, n, d}); }
 
@@ -76,9 +76,13 @@ std::tuple<Floats, Floats> forward(const Floats& q, const Floats& k, const Float
                                    const Ints& k_ranges, float scale, int threads) {
   const Shape s = shape_of(q, k, v, scale);
   Floats result = like(s.batch, s.q_heads, s.q_len, s.value_dim), lse({s.batch, s.q_heads, s.q_len});
-  const Forward call{s, ranges_of(q_offsets, k_ranges), in(q), in(k), in(v), out(result), lse.mutable_data()};
-  share(MIRASOL_CALL(attention_tiles, s), MIRASOL_CALL(attention_workspace, s), threads,
+  const int64_t tiles = MIRASOL_CALL(attention_tiles, s), splits = MIRASOL_CALL(attention_splits, s);
+  std::vector<float> lse_low(lse.size()), parts(splits > 1 ? splits * lse.size() * (s.value_dim + 2) : 0);
+  const Forward call{s, ranges_of(q_offsets, k_ranges), in(q), in(k), in(v), out(result), lse.mutable_data(),
+                     lse_low.data(), parts.data()};
+  share(tiles * splits, MIRASOL_CALL(attention_workspace, s), threads,
         [&](float* scratch, int64_t i) { MIRASOL_CALL(attention_forward, call, scratch, i, i + 1); });
+  if (splits > 1) MIRASOL_CALL(attention_merge, call, 0, tiles);
   return {result, lse};
 }
 
@@ -88,6 +92,7 @@ std::map<std::string, int64_t> plan(int64_t batch, int64_t q_heads, int64_t kv_h
   const Shape s{batch, q_heads, kv_heads, q_len, k_len, dim, value_dim, 1};
   return {{"tile", TILE},
           {"tiles", MIRASOL_CALL(attention_tiles, s)},
+          {"splits", MIRASOL_CALL(attention_splits, s)},
           {"workspace", MIRASOL_CALL(attention_workspace, s)},
           {"backward_items", MIRASOL_CALL(attention_backward_items, s)},
           {"backward_workspace", MIRASOL_CALL(attention_backward_workspace, s)}};

@@ -110,7 +110,7 @@ class SnippetCache:
         k_ranges = torch.stack([torch.zeros_like(end), end], 1)[:, None, None]  # (B, 1, 1, 2)
         chosen = OP.select((q, self.k, self.v, q_offsets, k_ranges, scale, backend), backend)
         attend = reference.block_causal_attention if chosen is None else chosen.calls["fwd"]
-        out, lse = attend(q, self.k, self.v, q_offsets, k_ranges, scale)
+        out, lse, *_ = attend(q, self.k, self.v, q_offsets, k_ranges, scale)
         return (out, lse) if return_lse else out
 
     def reset(self, rows: Tensor | Sequence[int] | None = None) -> None:
