@@ -217,8 +217,8 @@ def backward_q(
         done = 0
         for _ in range(pieces_of(begin, end, join)):
             done, begins, ends, start, stop, t0, t1 = next_piece(index, begin, end, join, done, ROWS, KEYS)
-            for t in range(t0, t1):
-                at = start + t * KEYS
+            for i in range(t1 - t0):
+                at = start + (t0 + i) * KEYS
                 k_tile = load_rows(k, k_row, at, stop, KEYS, D, BLOCK_D, False)
                 v_tile = load_rows(v, v_row, at, stop, KEYS, DV, BLOCK_DV, False)
                 s = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")  # (ROWS, KEYS)
