@@ -78,6 +78,7 @@ def launches(
         )
     tiles = triton.cdiv(rows * packed, config.rows)
     constants = {
+        "NEGATIVE": scale < 0,
         "PACKED": packed,
         "SPLITS": splits,
         "D": dim,
@@ -169,6 +170,7 @@ def forward(
     ranges_batch,
     ranges,
     scale2,
+    NEGATIVE: tl.constexpr,
     PACKED: tl.constexpr,
     SPLITS: tl.constexpr,
     D: tl.constexpr,
@@ -197,9 +199,6 @@ def forward(
     d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     q_rows = q + b * q_batch + own_head * q_head + row.to(tl.int64) * q_row
     q_tile = tl.load(q_rows[:, None] + d[None, :], mask=valid[:, None] & (d[None, :] < D), other=0.0)  # (ROWS, BLOCK_D)
-    # The maximum is taken of q.k and scaled per row, which needs a scale that is not negative.
-    q_tile = tl.where(scale2 < 0, -q_tile, q_tile)
-    scale2 = tl.abs(scale2)
 
     first = lines_of(row, q_offsets, groups, groups_steps) * ranges
     before = tl.minimum(tl.maximum(packed - 1, 0) // PACKED, rows - 1)
@@ -236,7 +235,8 @@ def forward(
                 at = start + (t0 + i) * KEYS
                 k_tile = load_rows(k, k_row, at, stop, KEYS, D, BLOCK_D, False)
                 s = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")  # (ROWS, KEYS)
-                m_new = tl.maximum(m, tl.max(s, 1) * scale2)
+                # The maximum is scaled, not every score; which end it is depends on the sign of the scale.
+                m_new = tl.maximum(m, (tl.min(s, 1) if NEGATIVE else tl.max(s, 1)) * scale2)
                 p = tl.exp2(tl.fma(s, scale2, -m_new[:, None]))
                 fade = tl.exp2(m - m_new)
                 total = total * fade + tl.sum(p, 1)
