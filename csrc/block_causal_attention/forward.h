@@ -9,7 +9,7 @@ using attention::Forward;
 using attention::PARALLEL;
 using attention::SPLIT_KEYS;
 
-constexpr int FORWARD_KEYS = 192;  // keys of a softmax step
+constexpr int FORWARD_KEYS = 64;  // keys of a softmax step
 constexpr int CONVERTED_KEYS = 64;  // of these, at a time, made floats where they are not: they stay in the first cache
 
 struct Running {  // of the softmax, per lane of the tile

@@ -62,8 +62,8 @@ def block_causal_attention(
     Returns out (B, Hq, Nq, Dv) in q's dtype, and lse (B, Hq, Nq) in float32 (float64 for float64) if asked for.  A row
     that sees nothing gives 0, lse -inf and no gradient.  Differentiable in q, k and v, through lse too; the result and
     the gradients are bitwise reproducible.  Fused backends keep q, k, v, out and lse (in two floats) for backward
-    and can be differentiated once, the reference as often as needed.  Under autocast q, k and v are cast as PyTorch's own
-    attention does.  There is no dropout, bias or softcap.
+    and can be differentiated once, the reference as often as needed.  Under autocast q, k and v are cast as PyTorch's
+    own attention does.  There is no dropout, bias or softcap.
 
     Raises ValueError or TypeError naming the argument, before anything is computed; NotImplementedError with the reason
     if `backend` cannot serve the call.

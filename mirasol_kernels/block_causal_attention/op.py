@@ -11,8 +11,8 @@ from torch.autograd.function import once_differentiable
 
 from mirasol_kernels._dispatch import Op, wanted_backend
 
-# Results: out, lse, and what the rounding of lse to float32 left out, which backward wants (at scores of 1e4 half an ulp
-# is 5e-4, far more than exp(score - lse) may lose).  In which unit is a matter between forward and backward of a backend.
+# Results: out, lse, and what the rounding of lse to float32 left out, which backward wants: at scores of 1e4 half an
+# ulp is 5e-4, far more than exp(score - lse) may lose.  Its unit is a matter between forward and backward of a backend.
 FWD = "(Tensor q, Tensor k, Tensor v, Tensor q_offsets, Tensor k_ranges, float scale) -> (Tensor, Tensor, Tensor)"
 BWD = (
     "(Tensor dout, Tensor dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor lse_low, "
