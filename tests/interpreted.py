@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mirasol_kernels._check import Case, evaluate
 from mirasol_kernels._triton import Config
-from mirasol_kernels.block_causal_attention import cases, triton, triton_backward, triton_config
+from mirasol_kernels.block_causal_attention import cases, op, triton, triton_backward, triton_config
 from mirasol_kernels.block_causal_attention.op import unit_stride
 from tests.numerics import assert_within_budget
 
@@ -25,16 +25,18 @@ class Interpreted(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, tables, scale):
         q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
-        out, lse, low = triton.block_causal_attention_fwd(q, k, v, *tables[:2], scale, MACHINE)
+        results = op._fake_fwd(q, k, v, *tables[:2], scale)
+        triton.run_forward(q, k, v, *tables[:2], scale, *results, machine=MACHINE)
+        out, lse, low = results
         ctx.save_for_backward(q, k, v, out, lse, low)
         ctx.tables, ctx.scale = tables, scale
         return out, lse
 
     @staticmethod
     def backward(ctx, dout, dlse):
-        grads = triton_backward.block_causal_attention_bwd(
-            unit_stride(dout), dlse.contiguous(), *ctx.saved_tensors, *ctx.tables, ctx.scale, MACHINE
-        )
+        args = unit_stride(dout), dlse.contiguous(), *ctx.saved_tensors, *ctx.tables, ctx.scale
+        grads = op._fake_bwd(*args)
+        triton_backward.run_backward(*args, *grads, machine=MACHINE)
         return *grads, None, None
 
 

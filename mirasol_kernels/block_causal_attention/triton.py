@@ -8,6 +8,8 @@ one tile, `SPLITS` programs take a share of the keys each, and `merge` joins the
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -27,34 +29,25 @@ from mirasol_kernels.block_causal_attention.triton_ranges import (
 MERGED_ROWS = 16  # rows that a program of `merge` owns
 
 
-def block_causal_attention_fwd(
-    q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, k_ranges: Tensor, scale: float, machine: Machine | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """out (B, Hq, Nq, Dv), lse and lse_low (B, Hq, Nq), as op.py's schema says; machine: by default that of q."""
-    (batch, heads, rows, _), dim = q.shape, v.shape[3]
-    out = q.new_empty(batch, heads, rows, dim)
-    if q.stride(1) < q.stride(2):  # a view of (B, N, H, D): the result is one too
-        out = q.new_empty(batch, rows, heads, dim).transpose(1, 2)
-    lse, lse_low = (q.new_empty(batch, heads, rows, dtype=torch.float32) for _ in range(2))
-    machine = machine or Machine.of(q.device)
-    for launch in launches(q, k, v, out, lse, lse_low, q_offsets, k_ranges, scale, machine):
+def run_forward(*args: Any, machine: Machine | None = None) -> None:
+    """Fills out, lse and lse_low, which follow the arguments of op.py's schema; machine: by default that of q."""
+    for launch in forward_launches(*args, machine or Machine.of(args[0].device)):
         launch.run()
-    return out, lse, lse_low
 
 
-def launches(
+def forward_launches(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    lse_low: Tensor,
     q_offsets: Tensor,
     k_ranges: Tensor,
     scale: float,
+    out: Tensor,
+    lse: Tensor,
+    lse_low: Tensor,
     machine: Machine,
 ) -> list[Launch]:
-    """The kernels that fill out, lse and lse_low, in order."""
+    """The kernels that fill out (B, Hq, Nq, Dv), lse and lse_low (B, Hq, Nq), in order."""
     batch, heads, rows, dim = q.shape
     key_heads, value_dim = k.shape[1], v.shape[3]
     if out.numel() == 0:

@@ -7,6 +7,8 @@ Triton 3.4 to 3.7.0, and costs a round through shared memory in any version.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -25,7 +27,13 @@ from mirasol_kernels.block_causal_attention.triton_ranges import (
 )
 
 
-def block_causal_attention_bwd(
+def run_backward(*args: Any, machine: Machine | None = None) -> None:
+    """Fills dq, dk and dv, which follow the arguments of op.py's schema; machine: by default that of q."""
+    for launch in backward_launches(*args, machine or Machine.of(args[0].device)):
+        launch.run()
+
+
+def backward_launches(
     dout: Tensor,
     dlse: Tensor,
     q: Tensor,
@@ -40,42 +48,9 @@ def block_causal_attention_bwd(
     q_index: Tensor,
     q_ranges: Tensor,
     scale: float,
-    machine: Machine | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv as op.py's schema says; machine: by default that of q."""
-    dq, dk, dv = gradient_of(q), gradient_of(k), gradient_of(v)
-    machine = machine or Machine.of(q.device)
-    given = (dout, dlse, q, k, v, out, lse, lse_low)
-    tables = (q_offsets, k_ranges, k_offsets, q_index, q_ranges)
-    for launch in launches(*given, *tables, dq, dk, dv, scale, machine):
-        launch.run()
-    return dq, dk, dv
-
-
-def gradient_of(x: Tensor) -> Tensor:
-    """Of x's strides, unless they put another dimension innermost."""
-    gradient = torch.empty_like(x)
-    return gradient if x.shape[3] == 1 or gradient.stride(3) == 1 else x.new_empty(x.shape)
-
-
-def launches(
-    dout: Tensor,
-    dlse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    lse_low: Tensor,
-    q_offsets: Tensor,
-    k_ranges: Tensor,
-    k_offsets: Tensor,
-    q_index: Tensor,
-    q_ranges: Tensor,
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
-    scale: float,
     machine: Machine,
 ) -> list[Launch]:
     """The kernels that fill dq, dk and dv, in order."""
