@@ -72,7 +72,7 @@ def power_of_two(n: int, least: int = 16) -> int:
 def load_rows(
     x, stride, start, stop, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TAIL: tl.constexpr
 ):  # -> (ROWS, BLOCK_D)
-    """Rows start .. start+ROWS-1 of x (N, D); zeros past D and, with TAIL, from row `stop` on: nothing is read there."""
+    """Rows start .. start+ROWS-1 of x (N, D); zeros past D and, with TAIL, from row `stop` on, which is not read."""
     row, d = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
     pointers = x + start.to(tl.int64) * stride + (row[:, None] * stride + d[None, :])
     if TAIL:

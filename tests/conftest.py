@@ -36,3 +36,16 @@ def poison() -> Iterator[None]:
     yield
     torch.utils.deterministic.fill_uninitialized_memory = before[0]
     torch.use_deterministic_algorithms(before[1])
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What a test recorded as its "summary" stands at the end of the log, passed or not."""
+    lines = [
+        str(value)
+        for reports in terminalreporter.stats.values()
+        for report in reports
+        for name, value in getattr(report, "user_properties", ())
+        if name == "summary" and report.when == "call"
+    ]
+    for line in sorted(lines):
+        terminalreporter.write_line(line)

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mirasol_kernels._triton import LN2, LOG2E, Config, Launch, load_rows, near, options, power_of_two
+from mirasol_kernels._triton import LN2, LOG2E, Launch, load_rows, near, options, power_of_two
 from mirasol_kernels.block_causal_attention.triton_config import Machine, config_of
 from mirasol_kernels.block_causal_attention.triton_ranges import (
     edge,
@@ -31,7 +31,7 @@ MERGED_ROWS = 16  # rows that a program of `merge` owns
 
 def run_forward(*args: Any, machine: Machine | None = None) -> None:
     """Fills out, lse and lse_low, which follow the arguments of op.py's schema; machine: by default that of q."""
-    for launch in forward_launches(*args, machine or Machine.of(args[0].device)):
+    for launch in forward_launches(*args, machine=machine or Machine.of(args[0].device)):
         launch.run()
 
 
@@ -45,6 +45,7 @@ def forward_launches(
     out: Tensor,
     lse: Tensor,
     lse_low: Tensor,
+    *,
     machine: Machine,
 ) -> list[Launch]:
     """The kernels that fill out (B, Hq, Nq, Dv), lse and lse_low (B, Hq, Nq), in order."""
@@ -63,12 +64,10 @@ def forward_launches(
         # As many programs as run at a time, none with less than four steps; by shapes and device alone.
         splits = max(1, min(2 * machine.processors // tiles, k.shape[2] // (4 * config.keys), 128))
     k, v = near(k), near(v)
-    parts = (out[None], lse[None], lse_low[None])
+    parts = out[None], lse[None], lse_low[None]
     if splits > 1:
-        parts = (
-            q.new_empty(splits, batch, heads, rows, value_dim, dtype=torch.float32),
-            *(q.new_empty(splits, batch, heads, rows, dtype=torch.float32) for _ in range(2)),
-        )
+        sums = torch.empty(2, splits, batch, heads, rows, dtype=torch.float32, device=q.device)
+        parts = sums.new_empty(splits, batch, heads, rows, value_dim), sums[0], sums[1]
     tiles = triton.cdiv(rows * packed, config.rows)
     constants = {
         "NEGATIVE": scale < 0,

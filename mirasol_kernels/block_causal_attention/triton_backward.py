@@ -29,7 +29,7 @@ from mirasol_kernels.block_causal_attention.triton_ranges import (
 
 def run_backward(*args: Any, machine: Machine | None = None) -> None:
     """Fills dq, dk and dv, which follow the arguments of op.py's schema; machine: by default that of q."""
-    for launch in backward_launches(*args, machine or Machine.of(args[0].device)):
+    for launch in backward_launches(*args, machine=machine or Machine.of(args[0].device)):
         launch.run()
 
 
@@ -51,6 +51,7 @@ def backward_launches(
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
+    *,
     machine: Machine,
 ) -> list[Launch]:
     """The kernels that fill dq, dk and dv, in order."""

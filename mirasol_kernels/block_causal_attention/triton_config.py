@@ -1,4 +1,10 @@
-"""Tiles by compute capability: what compiles without a spill and fits, nothing searched at a first call."""
+"""Tiles by compute capability: what compiles without a spill and fits, nothing searched at a first call.
+
+Every entry was chosen from what tests/test_gpu_code.py compiles; none has run on a GPU.  What decided in general:
+- eight warps: with four, a tile of 128 x 64 leaves no registers for the walk (7 to 40 spilled, Triton 3.9);
+- 9.0 multiplies with wgmma from 64 rows of the first operand on, in 10.0 with tcgen05; fewer go to mma.sync;
+- capabilities 8.6, 8.9 and 12.0 have 99 KB of shared memory, 8.0 has 163, 9.0 and 10.0 have 227.
+"""
 
 from __future__ import annotations
 
@@ -23,5 +29,61 @@ class Machine(NamedTuple):
         return cls(10 * major + minor, torch.cuda.get_device_properties(device).multi_processor_count)
 
 
+WIDTHS = (64, 128, 256)  # a configuration serves head sizes up to this
+
+# capability -> kernel -> a Config for each of WIDTHS
+TABLE: dict[int, dict[str, tuple[Config, Config, Config]]] = {
+    80: {
+        "forward": (Config(128, 64, 8, 3), Config(128, 64, 8, 2), Config(64, 64, 8, 2)),
+        "backward_q": (Config(128, 64, 8, 3), Config(64, 64, 8, 2), Config(64, 32, 8, 2)),
+        "backward_kv": (Config(64, 64, 8, 2), Config(64, 64, 8, 2), Config(32, 64, 8, 2)),
+    },
+    86: {
+        "forward": (Config(128, 64, 8, 3), Config(128, 64, 8, 2), Config(64, 32, 8, 2)),
+        "backward_q": (Config(128, 64, 8, 3), Config(128, 32, 8, 2), Config(32, 32, 8, 2)),
+        "backward_kv": (Config(64, 64, 8, 2), Config(64, 64, 8, 2), Config(32, 32, 8, 2)),
+    },
+    90: {
+        "forward": (Config(128, 128, 8, 3), Config(128, 64, 8, 2), Config(128, 64, 8, 2)),
+        "backward_q": (Config(128, 128, 8, 3), Config(128, 64, 8, 2), Config(128, 32, 8, 2)),
+        "backward_kv": (Config(64, 128, 8, 3), Config(32, 128, 8, 2), Config(32, 32, 8, 2)),
+    },
+    100: {
+        "forward": (Config(128, 64, 8, 3), Config(128, 64, 8, 2), Config(64, 64, 8, 2)),
+        "backward_q": (Config(128, 64, 8, 3), Config(128, 64, 8, 2), Config(64, 64, 8, 2)),
+        "backward_kv": (Config(64, 128, 8, 2), Config(64, 128, 8, 2), Config(32, 64, 8, 2)),
+    },
+    120: {
+        "forward": (Config(128, 64, 8, 3), Config(128, 64, 8, 2), Config(64, 32, 8, 2)),
+        "backward_q": (Config(128, 64, 8, 3), Config(128, 32, 8, 2), Config(32, 32, 8, 2)),
+        "backward_kv": (Config(64, 64, 8, 2), Config(64, 64, 8, 2), Config(32, 32, 8, 2)),
+    },
+}
+
+# Few rows: reading keys is all the time there is, so a tile has as few rows as a product takes.
+DECODE = (Config(16, 64, 4, 3), Config(16, 64, 4, 2), Config(16, 32, 4, 2))
+
+# Products of float32 run on the ordinary cores, from operands in registers: small tiles, on every chip.
+FLOAT32 = {
+    "forward": (Config(32, 32, 4, 2), Config(32, 32, 4, 2), Config(16, 32, 4, 2)),
+    "decode": (Config(16, 32, 4, 2), Config(16, 32, 4, 2), Config(16, 32, 4, 2)),
+    "backward_q": (Config(32, 32, 4, 2), Config(32, 32, 4, 2), Config(16, 16, 4, 2)),
+    "backward_kv": (Config(32, 32, 4, 2), Config(32, 32, 4, 2), Config(16, 16, 4, 2)),
+}
+
+
 def config_of(kernel: str, dim: int, dtype: torch.dtype, machine: Machine) -> Config:
-    return Config(64, 64, 4, 2)
+    """The tile for the larger of the two head sizes; kernel: forward, decode, backward_q or backward_kv."""
+    width = next(i for i, width in enumerate(WIDTHS) if dim <= width)
+    if dtype == torch.float32:
+        return FLOAT32[kernel][width]
+    if kernel == "decode":
+        return DECODE[width]
+    return TABLE[known(machine.capability)][kernel][width]
+
+
+def known(capability: int) -> int:
+    """A row of the table that fits: that of the same generation, else that of the least shared memory."""
+    if capability in TABLE:
+        return capability
+    return {8: 80 if capability == 87 else 86, 9: 90, 10: 100}.get(capability // 10, 120 if capability > 120 else 86)
