@@ -71,6 +71,7 @@ def forward_launches(
     tiles = triton.cdiv(rows * packed, config.rows)
     constants = {
         "NEGATIVE": scale < 0,
+        "TWINS": k.stride(2) == v.stride(2),
         "PACKED": packed,
         "SPLITS": splits,
         "D": dim,
@@ -124,7 +125,7 @@ def table(name: str, offsets: Tensor, *columns: Tensor) -> dict[str, int]:
 
 # Numbers that follow the layout must not compile a kernel of their own.
 LAYOUT = ["programs", "heads", "group", "rows", "tiles", "groups", "groups_steps", "offsets_batch", "ranges_batch"]
-LAYOUT += ["ranges", "o_split", "lse_split"]
+LAYOUT += ["ranges"]
 
 
 @triton.jit(do_not_specialize=LAYOUT)
@@ -163,6 +164,7 @@ def forward(
     ranges,
     scale2,
     NEGATIVE: tl.constexpr,
+    TWINS: tl.constexpr,
     PACKED: tl.constexpr,
     SPLITS: tl.constexpr,
     D: tl.constexpr,
@@ -173,6 +175,8 @@ def forward(
     KEYS: tl.constexpr,
 ):
     """One tile of rows of one head; or with SPLITS, for one share of their keys, the sum not yet divided by l."""
+    if TWINS:  # rows of k and v are equally far apart: offsets within a tile are kept once
+        v_row = k_row
     # Late rows see most: they start first.  Heads are innermost, so that those of one key head share its keys in L2.
     program = tl.program_id(0)
     tile = tiles - 1 - program // programs
@@ -250,10 +254,12 @@ def forward(
                 acc = tl.dot(p.to(v_tile.dtype), v_tile, acc * fade[:, None], input_precision="ieee")
                 m = m_new
 
-    split = tl.program_id(1).to(tl.int64)
-    lse_rows = split * lse_split + (b * heads + own_head) * rows + row
-    o_rows = out + split * o_split + b * o_batch + own_head * o_head + row.to(tl.int64) * o_row
+    lse_rows = (b * heads + own_head) * rows + row
+    o_rows = out + b * o_batch + own_head * o_head + row.to(tl.int64) * o_row
     if SPLITS > 1:
+        split = tl.program_id(1).to(tl.int64)
+        lse_rows += split * lse_split
+        o_rows += split * o_split
         tl.store(lse + lse_rows, m, mask=valid)
         tl.store(lse_low + lse_rows, total, mask=valid)
     else:

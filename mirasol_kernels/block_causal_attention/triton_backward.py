@@ -79,7 +79,7 @@ def backward_launches(
             **strides("dq", dq),
             **{"programs": batch * heads, "tiles": tiles, "ranges": k_ranges.shape[2]},
             **table("groups", q_offsets, k_ranges),
-            **{"ROWS": config.rows, "KEYS": config.keys},
+            **{"TWINS": k.stride(2) == v.stride(2), "ROWS": config.rows, "KEYS": config.keys},
         }
         done.append(Launch(backward_q, (batch * heads * tiles,), shared | arguments, options(config)))
     if dk.numel():
@@ -91,7 +91,7 @@ def backward_launches(
             **strides("dv", dv),
             **{"programs": batch * key_heads, "tiles": tiles},
             **table("segments", k_offsets, q_ranges),
-            **{"ROWS": config.rows, "KEYS": config.keys},
+            **{"TWINS": q.stride(2) == dout.stride(2), "ROWS": config.rows, "KEYS": config.keys},
         }
         done.append(Launch(backward_kv, (batch * key_heads * tiles,), shared | arguments, options(config)))
     return done
@@ -150,10 +150,13 @@ def backward_q(
     groups_steps,
     offsets_batch,
     ranges_batch,
+    TWINS: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
 ):
     """dq and delta of one tile of rows of one head; walks as `forward` does."""
+    if TWINS:  # rows of k and v are equally far apart: offsets within a tile are kept once
+        v_row = k_row
     program = tl.program_id(0)
     tile = tiles - 1 - program // programs  # late rows see most: they start first
     head = program % programs
@@ -264,10 +267,13 @@ def backward_kv(
     segments_steps,
     offsets_batch,
     ranges_batch,
+    TWINS: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
 ):
     """dk and dv of one tile of keys of one key head; walks the rows that see them, of each of its query heads."""
+    if TWINS:  # rows of q and dout are equally far apart: offsets within a tile are kept once
+        do_row = q_row
     program = tl.program_id(0)
     tile = program // programs  # early keys are seen by most: they start first
     key_head = program % programs
