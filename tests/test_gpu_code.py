@@ -62,24 +62,46 @@ def launches(kernel: str, dim: int, dtype: torch.dtype, machine: Any) -> list:
     return [launch for launch in both if launch.kernel.__name__ == kernel]
 
 
-def resources(binary: bytes) -> tuple[int, int]:
-    """Registers of a thread, and bytes of its stack, where spilled registers lie."""
+def cuobjdump(binary: bytes, option: str) -> str:
     import triton
 
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary)
         file.flush()
-        said = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", said).groups()
+        return subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def resources(binary: bytes) -> tuple[int, int]:
+    """Registers of a thread, and bytes of its stack, where spilled registers lie."""
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", cuobjdump(binary, "-res-usage")).groups()
     return int(registers), int(stack)
+
+
+def spills_in_loops(binary: bytes) -> int:
+    """Instructions that spill or fetch a register in an innermost loop that multiplies.
+
+    What is left lies outside them: numbers of the walk that are put aside before the loops and fetched after them.
+    """
+    sass = cuobjdump(binary, "-sass")
+    code = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", sass)]
+    jumps = [(int(to, 16), at) for at, text in code for to in re.findall(r"\bBRA\b.*?0x([0-9a-f]+)", text)]
+    loops = [(first, last) for first, last in jumps if first < last]
+    count = 0
+    for first, last in loops:
+        if any(first <= a and b <= last for a, b in loops if (a, b) != (first, last)):
+            continue  # not innermost
+        body = [text for at, text in code if first <= at <= last]
+        if any(re.search("MMA|FFMA", text) for text in body):
+            count += sum(re.search(r"\b(LDL|STL)", text) is not None for text in body)
+    return count
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", SHARED)
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_compiled(kernel: str, capability: int, record_property: Any) -> None:
-    """Every configuration compiles as at a launch, fits the chip, uses its tensor cores and spills nothing."""
+    """Every configuration compiles as at a launch, fits the chip, uses its tensor cores and spills in no loop."""
     from mirasol_kernels._triton import compiled
     from mirasol_kernels.block_causal_attention.triton_config import Machine
 
@@ -90,7 +112,7 @@ def test_compiled(kernel: str, capability: int, record_property: Any) -> None:
                 what = f"{launch.kernel.__name__} for {capability}, D {dim}, {dtype}"
                 binary = compiled(launch, capability)
                 registers, stack = resources(binary.asm["cubin"])
-                assert stack == 0, f"{what}: spills to {stack} bytes of stack"
+                assert stack == 0 or spills_in_loops(binary.asm["cubin"]) == 0, f"{what}: spills, {stack} bytes"
                 shared = binary.metadata.shared / 1024
                 assert shared <= SHARED[capability], f"{what}: {shared:.0f} KB of shared memory"
                 assert getattr(binary.metadata, "tmem_size", 0) <= 512, f"{what}: tensor memory, would trap"
@@ -100,9 +122,9 @@ def test_compiled(kernel: str, capability: int, record_property: Any) -> None:
                     assert re.search(r"mma\.sync|wgmma|tcgen05\.mma", binary.asm["ptx"]), f"{what}: no tensor cores"
                 tile = f"{launch.arguments['ROWS']}x{launch.arguments['KEYS']}"
                 tile += f"/{launch.options['num_warps']}/{launch.options['num_stages']}"
-                used.setdefault(f"{str(dtype)[6:]} {tile}", []).append(f"D{dim} {registers}·{shared:.0f}")
+                used.setdefault(f"{str(dtype)[6:]} {tile}", []).append(f"D{dim} {registers}·{stack}·{shared:.0f}")
     table = "; ".join(f"{tile}: {', '.join(figures)}" for tile, figures in used.items())
-    record_property("summary", f"{kernel} {capability}, rows x keys/warps/stages, registers·KB: {table}")
+    record_property("summary", f"{kernel} {capability}, rows x keys/warps/stages, registers·stack·KB: {table}")
 
 
 def test_every_configuration_resolves() -> None:

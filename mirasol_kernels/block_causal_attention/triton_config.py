@@ -1,9 +1,9 @@
-"""Tiles by compute capability: what compiles without a spill and fits, nothing searched at a first call.
+"""Tiles by compute capability: what compiles, fits and spills in no loop; nothing is searched at a first call.
 
-Every entry was chosen from what tests/test_gpu_code.py compiles; none has run on a GPU.  What decided in general:
-- eight warps: with four, a tile of 128 x 64 leaves no registers for the walk (7 to 40 spilled, Triton 3.9);
-- 9.0 multiplies with wgmma from 64 rows of the first operand on, in 10.0 with tcgen05; fewer go to mma.sync;
-- capabilities 8.6, 8.9 and 12.0 have 99 KB of shared memory, 8.0 has 163, 9.0 and 10.0 have 227.
+Chosen from what tests/test_gpu_code.py compiles (Triton 3.9); none has run on a GPU.  What decided in general:
+- eight warps: with four, a tile of 128 x 64 leaves no registers for the walk;
+- two or three stages: deeper pipelines do not fit beside the tiles;
+- 9.0 multiplies with wgmma from 64 rows of the first operand on, 10.0 with tcgen05; fewer go to mma.sync.
 """
 
 from __future__ import annotations
@@ -33,42 +33,47 @@ WIDTHS = (64, 128, 256)  # a configuration serves head sizes up to this
 
 # capability -> kernel -> a Config for each of WIDTHS
 TABLE: dict[int, dict[str, tuple[Config, Config, Config]]] = {
-    80: {
-        "forward": (Config(128, 64, 8, 3), Config(128, 64, 8, 2), Config(64, 64, 8, 2)),
-        "backward_q": (Config(128, 64, 8, 3), Config(64, 64, 8, 2), Config(64, 32, 8, 2)),
-        "backward_kv": (Config(64, 64, 8, 2), Config(64, 64, 8, 2), Config(32, 64, 8, 2)),
+    80: {  # 163 KB of shared memory, mma.sync
+        # 256: 64 x 64 spills in its loops
+        "forward": (Config(128, 64, 8, 3), Config(128, 64, 8, 2), Config(64, 32, 8, 2)),
+        "backward_q": (Config(128, 64, 8, 3), Config(128, 64, 8, 2), Config(64, 64, 8, 2)),
+        # 256: dk and dv alone are 64 KB; 32 x 64 spills
+        "backward_kv": (Config(64, 128, 8, 2), Config(64, 64, 8, 2), Config(32, 32, 8, 2)),
     },
-    86: {
+    86: {  # 8.6 and 8.9: 99 KB, so half the tile wherever 8.0 takes more
         "forward": (Config(128, 64, 8, 3), Config(128, 64, 8, 2), Config(64, 32, 8, 2)),
         "backward_q": (Config(128, 64, 8, 3), Config(128, 32, 8, 2), Config(32, 32, 8, 2)),
-        "backward_kv": (Config(64, 64, 8, 2), Config(64, 64, 8, 2), Config(32, 32, 8, 2)),
+        "backward_kv": (Config(64, 128, 8, 2), Config(64, 64, 8, 2), Config(32, 32, 8, 2)),
     },
-    90: {
-        "forward": (Config(128, 128, 8, 3), Config(128, 64, 8, 2), Config(128, 64, 8, 2)),
+    90: {  # 227 KB, wgmma
+        # 128 x 128 where it fits: the exponentials of one warp group hide behind products that large.  256: 128 x 64
+        # spills in its loops
+        "forward": (Config(128, 128, 8, 3), Config(128, 128, 8, 2), Config(128, 32, 8, 2)),
         "backward_q": (Config(128, 128, 8, 3), Config(128, 64, 8, 2), Config(128, 32, 8, 2)),
+        # 128: 64 x 128 spills in its loops.  256: all that is wgmma spills, by hundreds; 32 keys are mma.sync
         "backward_kv": (Config(64, 128, 8, 3), Config(32, 128, 8, 2), Config(32, 32, 8, 2)),
     },
-    100: {
+    100: {  # 227 KB, and tensor memory for the sums
         "forward": (Config(128, 64, 8, 3), Config(128, 64, 8, 2), Config(64, 64, 8, 2)),
         "backward_q": (Config(128, 64, 8, 3), Config(128, 64, 8, 2), Config(64, 64, 8, 2)),
         "backward_kv": (Config(64, 128, 8, 2), Config(64, 128, 8, 2), Config(32, 64, 8, 2)),
     },
-    120: {
+    120: {  # 99 KB, mma.sync: as 8.6
         "forward": (Config(128, 64, 8, 3), Config(128, 64, 8, 2), Config(64, 32, 8, 2)),
         "backward_q": (Config(128, 64, 8, 3), Config(128, 32, 8, 2), Config(32, 32, 8, 2)),
-        "backward_kv": (Config(64, 64, 8, 2), Config(64, 64, 8, 2), Config(32, 32, 8, 2)),
+        "backward_kv": (Config(64, 128, 8, 2), Config(64, 64, 8, 2), Config(32, 32, 8, 2)),
     },
 }
 
-# Few rows: reading keys is all the time there is, so a tile has as few rows as a product takes.
+# Few rows: reading the keys is all the time there is, so a tile has as few rows as a product takes.
 DECODE = (Config(16, 64, 4, 3), Config(16, 64, 4, 2), Config(16, 32, 4, 2))
 
-# Products of float32 run on the ordinary cores, from operands in registers: small tiles, on every chip.
+# Products of float32 run on the ordinary cores with operands in registers: small tiles, alike on every chip (99 KB).
 FLOAT32 = {
-    "forward": (Config(32, 32, 4, 2), Config(32, 32, 4, 2), Config(16, 32, 4, 2)),
-    "decode": (Config(16, 32, 4, 2), Config(16, 32, 4, 2), Config(16, 32, 4, 2)),
-    "backward_q": (Config(32, 32, 4, 2), Config(32, 32, 4, 2), Config(16, 16, 4, 2)),
-    "backward_kv": (Config(32, 32, 4, 2), Config(32, 32, 4, 2), Config(16, 16, 4, 2)),
+    "forward": (Config(32, 64, 8, 2), Config(32, 32, 8, 2), Config(16, 32, 8, 2)),
+    "decode": (Config(16, 32, 4, 2), Config(16, 32, 4, 2), Config(16, 32, 8, 2)),
+    "backward_q": (Config(32, 32, 8, 2), Config(32, 32, 8, 2), Config(16, 32, 8, 2)),
+    "backward_kv": (Config(32, 32, 8, 2), Config(32, 32, 8, 1), Config(32, 16, 8, 1)),
 }
 
 
