@@ -3,6 +3,7 @@ process, errors against float64, and the machine with its own ceilings beside ev
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import multiprocessing
 import os
@@ -34,12 +35,17 @@ def interleave(
     rounds: int = 20,
     warmup: float = 0.2,
     budget: float | None = None,
+    beaten: float | None = None,
     device: str = "cpu",
 ) -> dict[str, Timing]:
     """Time every candidate once per round, each round in another order, so that drifting clocks hit all alike.
 
     rounds: at most; fewer, but at least 3, once `budget` seconds are spent. warmup: seconds per candidate beforehand.
+    beaten: who takes that many times as long as the fastest, and a twentieth of the budget, leaves after the first
+    round, so that the time goes to those between whom it is close.
     """
+    if not candidates:
+        return {}
     for work in candidates.values():
         spent = 0.0
         while spent < warmup:
@@ -47,6 +53,10 @@ def interleave(
     times: dict[str, list[float]] = {name: [] for name in candidates}
     names, start = list(candidates), time.perf_counter()
     for done in range(rounds):
+        if done == 1 and beaten is not None:
+            most = max(beaten * min(min(times.values())), (budget or 0.0) / 20)
+            names = [name for name in names if times[name][0] <= most]
+            start = time.perf_counter()
         if budget is not None and done >= LEAST_ROUNDS and time.perf_counter() - start > budget:
             break
         turn = done % len(names)
@@ -62,7 +72,9 @@ def summary(seconds: Sequence[float]) -> Timing:
 
 
 def clock(work: Callable[[], Any], device: str = "cpu") -> float:
-    """Seconds of one call. On a GPU until its work is done."""
+    """Seconds of one call. On a GPU until its work is done. Work in another process has a clock of its own."""
+    if elsewhere := getattr(work, "clock", None):
+        return elsewhere()
     if device == "cpu":
         start = time.perf_counter()
         work()
@@ -105,18 +117,20 @@ def peak_memory(prepare: Callable[..., Callable[[], Any]], *args: Any, device: s
 def _watched(send: Any, device: str, prepare: Callable[..., Callable[[], Any]], args: tuple) -> None:
     try:
         work = prepare(*args)
-        before = _forget_peak(device)
+        before = forget_peak(device)
         result = work()
         send.send((Memory(before, _peak(device)), result))
     except Exception as error:
         send.send(f"{type(error).__name__}: {error}")
 
 
-def _forget_peak(device: str) -> int:
+def forget_peak(device: str) -> int:
     """Start the peak anew, where the system can; -> bytes in use now."""
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)  # what is free but kept would hide what is taken next
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:  # not Linux, or not allowed: the peak then includes the preparation
@@ -148,15 +162,20 @@ def error(actual: Sequence[torch.Tensor], exact: Sequence[torch.Tensor]) -> floa
 
 
 def ceilings(device: str = "cpu", *, seconds: float = 0.3) -> dict[str, float]:
-    """What this machine reaches right now: GEMM in flop/s per dtype, and copy in bytes/s (read plus written)."""
-    size = 1024 if device == "cpu" else 8192
+    """What this machine reaches right now: GEMM in flop/s per dtype, the best of some sizes, and copy in
+    bytes/s, read plus written."""
     dtypes = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
     found: dict[str, float] = {}
-    for dtype in dtypes if device != "cpu" else dtypes[:3]:
-        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        out = torch.empty_like(a)
-        best = _best(functools.partial(torch.mm, a, b, out=out), device, seconds)
-        found[f"gemm {str(dtype).removeprefix('torch.')}"] = 2 * size**3 / best
+    for dtype in dtypes:
+        best = 0.0
+        for size in (256, 512, 1024, 2048) if device == "cpu" else (4096, 8192, 16384):
+            flops = 2 * size**3
+            if flops > seconds * best > 0:  # one product would take longer than all of them may
+                break
+            a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+            out = torch.empty_like(a)
+            best = max(best, flops / _best(functools.partial(torch.mm, a, b, out=out), device, seconds / 3))
+        found[f"gemm {str(dtype).removeprefix('torch.')}"] = best
     source = torch.randn((32 if device == "cpu" else 512) * 2**20, device=device)
     target = torch.empty_like(source)
     best = _best(lambda: target.copy_(source), device, seconds)

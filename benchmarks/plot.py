@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator
 
+from benchmarks.cases import NAMES
 from benchmarks.harness import threads
 
 INK = "#7d8590"  # a grey with enough contrast on white and on black; so are the colours
@@ -86,3 +88,89 @@ def _label(axes: Axes, ends: list[End]) -> None:
         label = axes.annotate(name, (x, y), xytext=(8, shift), textcoords="offset points", color=colour, va="center")
         label.set_annotation_clip(False)
         below = at
+
+
+PEER_COLOURS = ("#db6d28", "#3fb950", "#a371f7", "#d29922", "#f778ba", "#39c5cf", "#f85149", "#8b949e")
+
+
+def draw_ratios(report: dict[str, Any], path: Path) -> bool:
+    """A panel per dtype and direction: per case a bar per peer, how many times as long as ours it takes.
+
+    On a logarithmic axis with 1 as the ground of all bars, so that twice as slow is drawn as large as twice as fast.
+    False, and no picture, where ours or all others have no times.
+    """
+    ours = next((row["candidate"] for row in report["rows"] if row["ours"]), None)
+    rows = [row for row in report["rows"] if row["candidate"] != ours]
+    mine = {_call(row): row["seconds"] for row in report["rows"] if row["candidate"] == ours}
+    ratios = {(*_call(row), row["candidate"]): row["seconds"] / mine[_call(row)] for row in rows if _call(row) in mine}
+    if not ratios:
+        return False
+    dtypes, directions, peers = (list(dict.fromkeys(call[at] for call in ratios)) for at in (1, 2, 3))
+    colours = dict(zip(peers, itertools.cycle(PEER_COLOURS), strict=False))
+    heights = [
+        max(sum(1 + len(bars) for bars in _bars(ratios, dtype, d, peers).values()) for d in directions)
+        for dtype in dtypes
+    ]
+    machine = report["machine"]
+    where = f"{machine.get('gpu', machine['cpu'])} ({threads(machine)}, {report['kernels']})"
+    with plt.rc_context(PAGE):
+        figure, grid = plt.subplots(
+            len(dtypes),
+            len(directions),
+            figsize=(6.2 * len(directions), 1.4 + 0.16 * sum(heights) + 0.8 * len(dtypes)),
+            height_ratios=heights,
+            layout="constrained",
+            squeeze=False,
+        )
+        figure.suptitle(f"{report['op']}: speed of {ours} over each peer\n{where}", fontsize=11)
+        for dtype, line in zip(dtypes, grid, strict=False):
+            for direction, axes in zip(directions, line, strict=False):
+                axes.set_title(f"{dtype}, {NAMES[direction]}", fontsize=10)
+                _ratio_panel(axes, _bars(ratios, dtype, direction, peers), colours)
+        figure.savefig(path, dpi=150, transparent=True)
+        plt.close(figure)
+    return True
+
+
+def _call(row: dict[str, Any]) -> tuple[str, str, str]:
+    return row["case"], row["dtype"], row["direction"]
+
+
+def _bars(
+    ratios: dict[tuple[str, str, str, str], float], dtype: str, direction: str, peers: list[str]
+) -> dict[str, list[tuple[str, float]]]:
+    """Case -> (peer, ratio) of those who ran."""
+    here = {(key[0], key[3]): ratio for key, ratio in ratios.items() if key[1:3] == (dtype, direction)}
+    cases = dict.fromkeys(case for case, _ in here)
+    return {case: [(peer, here[case, peer]) for peer in peers if (case, peer) in here] for case in cases}
+
+
+def _ratio_panel(axes: Axes, bars: dict[str, list[tuple[str, float]]], colours: dict[str, str]) -> None:
+    at, ticks = 0.0, []
+    for case, those in bars.items():
+        ticks.append((at + (len(those) - 1) / 2, case))
+        for peer, ratio in those:
+            axes.barh(at, ratio - 1, left=1, height=0.85, color=colours[peer])
+            align, shift = ("left", 3) if ratio >= 1 else ("right", -3)
+            axes.annotate(
+                f"{ratio:.2f} {peer}",
+                (ratio, at),
+                xytext=(shift, 0),
+                textcoords="offset points",
+                ha=align,
+                va="center",
+                fontsize=6,
+                color=colours[peer],
+            )
+            at += 1
+        at += 1
+    every = [ratio for those in bars.values() for _, ratio in those]
+    axes.set_xscale("log", base=2)
+    low, high = min(1.0, *every), max(1.0, *every)
+    room = max(1.8, (high / low) ** 0.4)  # for the names
+    axes.set_xlim(low / room if low < 1 else 0.8, high * room)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    axes.axvline(1, color=INK, linewidth=1)
+    axes.set_yticks([y for y, _ in ticks], [case for _, case in ticks], fontsize=8)
+    axes.set_ylim(at - 0.5, -1)
+    axes.set_xlabel("time of the peer / time of ours (1: equal, right of it ours is faster)", fontsize=8)

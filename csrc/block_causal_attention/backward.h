@@ -17,7 +17,7 @@ struct Chunk {
 };
 
 struct Buffers {
-  float *q_t, *dout_t, *dq_t;  // (dim, TILE), (value_dim, TILE), (dim, TILE)
+  float *q_t, *dout_t, *dq_t;  // (dim, TILE), (value_dim, TILE), (dim, TILE), in panels
   float *q, *dout;             // (TILE, padded dim): rows as vectors
   float *p, *ds, *ds_terms;    // (BACKWARD_KEYS, TILE)
   float *k, *v, *k_terms;      // (BACKWARD_KEYS, padded dim): what is not read where it lies
@@ -26,7 +26,6 @@ struct Buffers {
 
 static Buffers buffers(const Shape& shape, float* at, int64_t* size) {
   const int64_t dim = padded(shape.dim), value_dim = padded(shape.value_dim);
-  const bool half = shape.dtype != attention::Dtype::float32;
   float* const start = at;
   Buffers b;
   const auto take = [&](int64_t rows, int64_t columns) {
@@ -38,7 +37,7 @@ static Buffers buffers(const Shape& shape, float* at, int64_t* size) {
   b.q = take(TILE, dim), b.dout = take(TILE, value_dim);
   b.p = take(BACKWARD_KEYS, TILE), b.ds = take(BACKWARD_KEYS, TILE);
   b.ds_terms = shape.pairs ? take(BACKWARD_KEYS / 2, TILE) : b.ds;
-  b.k = take(half ? BACKWARD_KEYS : 0, dim), b.v = take(half ? BACKWARD_KEYS : 0, value_dim);
+  b.k = take(BACKWARD_KEYS, dim), b.v = take(BACKWARD_KEYS, value_dim);
   b.k_terms = shape.pairs ? take(BACKWARD_KEYS / 2, dim) : b.k;
   b.dk = take(CHUNK, dim), b.dv = take(CHUNK, value_dim);
   *size = at - start;
@@ -100,8 +99,9 @@ template <bool PAIRS>
 static inline void scatter(const Piece& piece, int lanes, const float* p, const float* x, int64_t dim, float* to) {
   const int64_t width = padded(dim);
   const auto product = [&](const float* from, int first, int terms) {
-    gemm<PAIRS>({.vectors = int(width / WIDTH), .n = piece.keys, .k = terms, .a = from, .a_k = width, .b = p + first,
-                 .b_n = TILE, .b_k = 1, .c = to, .c_n = width, .add = true});
+    gemm<PAIRS>({.vectors = int(width / WIDTH), .n = piece.keys, .k = terms, .a = from, .a_k = width,
+                 .a_v = WIDTH, .b = p + first, .b_n = TILE, .b_k = 1, .c = to, .c_n = width, .c_v = WIDTH,
+                 .add = true});
   };
   if constexpr (PAIRS) {  // half of a pair at an edge is a lane that does not see the keys: not even 0 * NaN may enter
     const int end = piece.row + piece.rows, first = (piece.row + 1) / 2, last = end < lanes ? end / 2 : (end + 1) / 2;
@@ -182,11 +182,11 @@ static void backward_tile(const Backward& g, const Chunk& chunk, const Tile& t, 
     const int64_t key = piece.key - chunk.key;
     const Factor k_rows = rows_of<PAIRS>(k, g.k.row, piece.keys, shape.dim, b.k);
     const Factor k_terms = PAIRS ? terms_of<PAIRS>(k, g.k.row, piece.keys, shape.dim, b.k_terms) : k_rows;
-    scores<PAIRS>(piece.keys, s, b.q_t, shape.dim, k_rows, b.p);
+    scores<PAIRS>(piece.keys, s, b.q_t, shape.dim, k_rows, {b.p, TILE, WIDTH});
     scores<PAIRS>(piece.keys, s, b.dout_t, shape.value_dim,
-                  rows_of<PAIRS>(v, g.v.row, piece.keys, shape.value_dim, b.v), b.ds);
+                  rows_of<PAIRS>(v, g.v.row, piece.keys, shape.value_dim, b.v), {b.ds, TILE, WIDTH});
     softmax_backward<PAIRS>(piece.keys, s, rows, shape.scale, b);
-    gather<PAIRS>(piece.keys, s, b.ds_terms, k_terms, shape.dim, b.dq_t);
+    gather<PAIRS>(piece.keys, s, {b.ds_terms, TILE, WIDTH}, k_terms, shape.dim, b.dq_t);
     scatter<PAIRS>(piece, lanes, b.p, b.dout, shape.value_dim, b.dv + key * padded(shape.value_dim));
     scatter<PAIRS>(piece, lanes, b.ds, b.q, shape.dim, b.dk + key * padded(shape.dim));
   } while (next(sweep, BACKWARD_KEYS, piece));

@@ -48,7 +48,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& q, const Tensor& k, con
   const int64_t part = splits > 1 ? s.batch * s.q_heads * s.q_len * (s.value_dim + 2) : 0;
   const std::unique_ptr<float[]> parts(new float[splits * part]);
   f.parts = parts.get();
-  run(tiles * splits, MIRASOL_CALL(attention_workspace, s), multiply_adds(s),
+  run(MIRASOL_CALL(attention_forward_items, s), MIRASOL_CALL(attention_workspace, s), multiply_adds(s),
       [&](float* space, int64_t begin, int64_t end) { MIRASOL_CALL(attention_forward, f, space, begin, end); });
   if (splits > 1)
     run(tiles, 0, double(splits * part),

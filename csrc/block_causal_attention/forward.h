@@ -1,6 +1,9 @@
 #pragma once
-// Forward: one item is a tile of query rows, walked once over the keys it sees with an online softmax.  Where there are
-// few tiles, as in decoding, the keys are cut into splits, an item each, and their results merged in a second pass.
+// Forward: one item is a few tiles of query rows that share a kv head, walked together over the keys they see, a block of
+// keys at a time, with an online softmax: each block is brought to the cache, and made floats if it must, once for all of
+// them.  Where there are few tiles, as in decoding, the keys are cut into splits, an item each, and their results merged
+// in a second pass.
+#include <utility>
 #include "block_causal_attention/tile.h"
 
 namespace mirasol::MIRASOL_ISA {
@@ -9,12 +12,27 @@ using attention::Forward;
 using attention::PARALLEL;
 using attention::SPLIT_KEYS;
 
-constexpr int FORWARD_KEYS = 64;  // keys of a softmax step
-constexpr int CONVERTED_KEYS = 64;  // of these, at a time, made floats where they are not: they stay in the first cache
+constexpr int FORWARD_KEYS = 192;  // keys of a softmax step
+constexpr int TOGETHER = 4;        // tiles of an item, at most
+
+// As many tiles as half a second-level cache holds with what they sum, but items enough for many threads.
+static int tiles_of_item(const Shape& shape) {
+  const int64_t fit = (256 << 10) / ((shape.dim + shape.value_dim) * TILE * int64_t(sizeof(float)));
+  const int64_t share = attention_tiles(shape) / (2 * PARALLEL), most = fit < TOGETHER ? fit : TOGETHER;
+  return share <= 1 || most <= 1 ? 1 : int(share < most ? share : most);
+}
+
+// Of a block; beside the tiles' part of the cache.  Even, for pairs.
+static int keys_of_block(const Shape& shape) {
+  const int64_t fit = (128 << 10) / ((shape.dim + shape.value_dim) * int64_t(sizeof(float))) / 2 * 2;
+  return fit < FORWARD_KEYS ? int(fit) : FORWARD_KEYS;
+}
 
 struct Running {  // of the softmax, per lane of the tile
   alignas(64) float top[TILE];    // largest score so far
-  alignas(64) float total[TILE];  // sum of exp(score - top)
+  alignas(64) float base[TILE];   // the same, but 0 where nothing has been seen: exp(-inf - base) is 0
+  alignas(64) float total[TILE];  // sum of exp(score - base)
+  alignas(64) float fresh[TILE];  // largest product of the current step, not yet scaled
 };
 
 struct Placed {  // a piece of the current step and where its scores stand
@@ -23,50 +41,45 @@ struct Placed {  // a piece of the current step and where its scores stand
   int slot;
 };
 
-// Scores of one vector of lanes become exp(scale * score - top), and top, total and `out` (value_dim, TILE) follow.  As
-// pairs, those of keys 2 i and 2 i + 1 of a piece stand in its row i.
+// A step has found `fresh` products: top and base follow, and what was summed so far shrinks to the new base.
+static void raise_tops(const Shape& shape, float factor, int lanes, Running& run, float* out) {
+  const Vec scale = broadcast(factor), hidden = broadcast(-__builtin_inff());
+  for (int lane = 0; lane < lanes; lane += WIDTH) {
+    const Vec fresh = load(run.fresh + lane), old = load(run.top + lane);
+    if (!any(fresh != hidden)) continue;
+    const Vec top = max(select(fresh == hidden, hidden, fresh * scale), old);
+    const Vec base = select(top == hidden, Vec{}, top), shrink = exp(old - base);
+    store(run.fresh + lane, hidden), store(run.top + lane, top), store(run.base + lane, base);
+    if (!any(shrink != 1.0f)) continue;
+    store(run.total + lane, load(run.total + lane) * shrink);
+    float* const o = out + lane * shape.value_dim;
+    for (int64_t d = 0; d < shape.value_dim; ++d) store(o + d * WIDTH, load(o + d * WIDTH) * shrink);
+  }
+}
+
+// Products of a vector of lanes become exp(scale * product - base), and total grows by them.  As pairs, those of keys
+// 2 i and 2 i + 1 of a piece stand in its row i.
 template <bool PAIRS>
-static void softmax_step(const Shape& shape, float* scores, const Placed* placed, int count, int v, Running& run,
-                         float* out) {
-  const Vec scale = broadcast(shape.scale), hidden = broadcast(-__builtin_inff()), old = load(run.top + v * WIDTH);
-  Vec top = old;
-  bool touched = false;
-  for (const Placed* x = placed; x < placed + count; ++x) {
-    const int i = v - x->span.first;
-    if (i < 0 || i >= x->span.count) continue;
-    touched = true;
-    const float* s = scores + x->slot * TILE + v * WIDTH;
-    for (int key = 0; key < x->piece.keys; ++key) {
-      const Vec score = load(s + key * TILE) * scale;
-      top = max(x->span.masked ? select(x->span.mask[i], score, hidden) : score, top);  // passes over NaN
-    }
-  }
-  if (!touched) return;
-  const Vec base = select(top == hidden, Vec{}, top);  // a row that has seen nothing yet: exp(-inf) is 0
-  const Vec shrink = exp(old - base);
+static void weights(const Placed& x, int v, float factor, const Scores& scores, Running& run) {
+  const Vec scale = broadcast(factor), base = load(run.base + v * WIDTH);
+  const Bits mask = x.span.mask[v - x.span.first];
+  float* s = scores.at(x.slot, v);
   Vec total{};
-  for (const Placed* x = placed; x < placed + count; ++x) {
-    const int i = v - x->span.first;
-    if (i < 0 || i >= x->span.count) continue;
-    float* s = scores + x->slot * TILE + v * WIDTH;
-    const auto weight = [&](int key) {
-      Vec p = exp(fma(load(s + key * TILE), scale, -base));
-      if (x->span.masked) p = keep(x->span.mask[i], p);
-      total += p;
-      return p;
-    };
-    if constexpr (PAIRS) {
-      for (int key = 0; key < x->piece.keys; key += 2) {
-        const Vec first = weight(key), second = key + 1 < x->piece.keys ? weight(key + 1) : Vec{};
-        store(s + key / 2 * TILE, pair(first, second));
-      }
-    } else {
-      for (int key = 0; key < x->piece.keys; ++key) store(s + key * TILE, weight(key));
+  const auto weight = [&](int key, bool masked) {
+    Vec p = exp(fma(load(s + key * WIDTH), scale, -base));
+    if (masked) p = keep(mask, p);
+    total += p;
+    return p;
+  };
+  const auto all = [&](bool masked) {
+    for (int key = 0; key < x.piece.keys; PAIRS ? key += 2 : ++key) {
+      const Vec first = weight(key, masked);
+      if constexpr (PAIRS) store(s + key / 2 * WIDTH, pair(first, key + 1 < x.piece.keys ? weight(key + 1, masked) : Vec{}));
+      else store(s + key * WIDTH, first);
     }
-  }
-  store(run.total + v * WIDTH, fma(load(run.total + v * WIDTH), shrink, total));
-  store(run.top + v * WIDTH, top);
-  for (float* o = out + v * WIDTH; o < out + shape.value_dim * TILE; o += TILE) store(o, load(o) * shrink);
+  };
+  x.span.masked ? all(true) : all(false);
+  store(run.total + v * WIDTH, load(run.total + v * WIDTH) + total);
 }
 
 // lse and lse_low of a row from the largest score and the sum of exp(score - top): top + log(total) in two floats.
@@ -83,65 +96,128 @@ static float* part_of(const Forward& f, int64_t split, int64_t row) {
   return f.parts + (split * s.batch * s.q_heads * s.q_len + row) * (s.value_dim + 2);
 }
 
+// A block of keys of one kv head and their values, made ready when the first tile asks.
 template <bool PAIRS, class T>
-static void forward_tile(const Forward& f, const Tile& t, int64_t split, int64_t splits, float* workspace) {
-  const Shape& shape = f.shape;
-  const int lanes = t.lanes();
-  float* q = workspace;                          // (dim, TILE)
-  float* out = q + shape.dim * TILE;             // (value_dim, TILE)
-  float* s = out + shape.value_dim * TILE;       // (FORWARD_KEYS, TILE)
-  float* converted = s + FORWARD_KEYS * TILE;    // (CONVERTED_KEYS, padded dim)
-  constexpr int AT_A_TIME = sizeof(T) == sizeof(float) ? FORWARD_KEYS : CONVERTED_KEYS;
-  pack_transposed<PAIRS>(lanes_of<const T>(f.q, t), lanes, shape.dim, q);
-  zero(out, shape.value_dim * TILE);
-  Running run;
-  for (int i = 0; i < TILE; ++i) run.top[i] = -__builtin_inff(), run.total[i] = 0;
+struct Block {
+  const Shape& shape;
+  const T *k, *v;
+  int64_t k_stride, v_stride, key, end;
+  float *k_space, *v_space, *piece_space;
+  Factor k_rows = {}, v_terms = {};
 
-  Pieces sweep = pieces(f.seen, t.batch, t.row, t.rows, t.heads, shape.k_len * split / splits,
-                        shape.k_len * (split + 1) / splits);
+  Factor keys(const Piece& piece) {
+    if (!k_rows.data) k_rows = rows_of<PAIRS>(k, k_stride, int(end - key), shape.dim, k_space);
+    return {k_rows.data + (piece.key - key) * k_rows.row, k_rows.row};
+  }
+  Factor values(const Piece& piece) {
+    const int64_t first = piece.key - key, last = first + piece.keys;
+    // Pairs of the block that are not pairs of the piece would bring in a key that its rows do not see.
+    if (PAIRS && (first % 2 || (last % 2 && piece.key + piece.keys != end)))
+      return terms_of<PAIRS>(v + first * v_stride, v_stride, piece.keys, shape.value_dim, piece_space);
+    if (!v_terms.data) v_terms = terms_of<PAIRS>(v, v_stride, int(end - key), shape.value_dim, v_space);
+    return {v_terms.data + (PAIRS ? first / 2 : first) * v_terms.row, v_terms.row};
+  }
+};
+
+struct Work {  // on a tile
+  Tile tile;
+  float *q, *out;  // (dim, TILE), (value_dim, TILE), in panels
+  Running run;
+  Pieces sweep;
+};
+
+// The keys of a block that a tile sees, in steps of the softmax.
+template <bool PAIRS, class T>
+static void forward_block(const Shape& shape, float scale, Block<PAIRS, T>& block, Work& w,
+                          const Scores& s) {
+  const int lanes = w.tile.lanes();
   Placed placed[FORWARD_KEYS];
   Piece piece;
-  bool more = next(sweep, FORWARD_KEYS, piece);
+  w.sweep.end = block.end;
+  bool more = next(w.sweep, FORWARD_KEYS, piece);
   while (more) {
     int count = 0;
-    for (int slot = 0; more && slot + piece.keys <= FORWARD_KEYS; more = next(sweep, FORWARD_KEYS, piece)) {
+    for (int slot = 0; more && slot + piece.keys <= FORWARD_KEYS; more = next(w.sweep, FORWARD_KEYS, piece)) {
       Placed& x = placed[count++] = {piece, span(piece, lanes), slot};
-      const T* k = at<const T>(f.k, t.batch, t.kv_head, piece.key);
-      for (int key = 0; key < piece.keys; key += AT_A_TIME) {
-        const int keys = least(AT_A_TIME, piece.keys - key);
-        const Factor factor = rows_of<PAIRS>(k + key * f.k.row, f.k.row, keys, shape.dim, converted);
-        scores<PAIRS>(keys, x.span, q, shape.dim, factor, s + (slot + key) * TILE);
-      }
+      scores<PAIRS>(piece.keys, x.span, w.q, shape.dim, block.keys(piece),
+                    {s.at(slot, 0), s.key, s.vector}, w.run.fresh);
       slot += piece.keys;
     }
-    for (int v = 0; v * WIDTH < lanes; ++v) softmax_step<PAIRS>(shape, s, placed, count, v, run, out);
+    raise_tops(shape, scale, lanes, w.run, w.out);
     for (const Placed* x = placed; x < placed + count; ++x) {
-      const T* value = at<const T>(f.v, t.batch, t.kv_head, x->piece.key);
-      for (int key = 0; key < x->piece.keys; key += AT_A_TIME) {
-        const int keys = least(AT_A_TIME, x->piece.keys - key);
-        const Factor factor = terms_of<PAIRS>(value + key * f.v.row, f.v.row, keys, shape.value_dim, converted);
-        gather<PAIRS>(keys, x->span, s + (x->slot + (PAIRS ? key / 2 : key)) * TILE, factor, shape.value_dim, out);
-      }
+      for (int v = 0; v < x->span.count; ++v) weights<PAIRS>(*x, x->span.first + v, scale, s, w.run);
+      gather<PAIRS>(x->piece.keys, x->span, {s.at(x->slot, 0), s.key, s.vector}, block.values(x->piece),
+                    shape.value_dim, w.out);
     }
   }
+}
 
+template <class T>
+static void finish(const Forward& f, Work& w, int64_t split, int64_t splits) {
+  const Shape& shape = f.shape;
+  const int lanes = w.tile.lanes();
+  Running& run = w.run;
+  alignas(64) float factor[TILE];
   if (splits > 1) {
-    alignas(64) float one[TILE];
-    for (float& x : one) x = 1;
+    for (float& x : factor) x = 1;
     for (int i = 0; i < lanes; ++i) {
-      float* part = part_of(f, split, row_number(shape, t, i)) + shape.value_dim;
+      float* part = part_of(f, split, row_number(shape, w.tile, i)) + shape.value_dim;
       part[0] = run.top[i], part[1] = run.total[i];
     }
-    unpack_transposed(out, lanes, shape.value_dim, one, [&](int lane, int64_t d, int n, Vec x) {
-      store_part(part_of(f, split, row_number(shape, t, lane)) + d, x, n);
+    unpack_transposed(w.out, lanes, shape.value_dim, factor, [&](int lane, int64_t d, int n, Vec x) {
+      store_part(part_of(f, split, row_number(shape, w.tile, lane)) + d, x, n);
     });
     return;
   }
-  for (int i = 0; i < lanes; ++i) store_lse(f, row_number(shape, t, i), run.top[i], run.total[i]);
-  for (int i = 0; i < TILE; ++i) run.total[i] = run.total[i] == 0 ? 0 : 1 / run.total[i];
-  const Lanes<T> to = lanes_of<T>(f.out, t);
-  unpack_transposed(out, lanes, shape.value_dim, run.total,
+  for (int i = 0; i < lanes; ++i) store_lse(f, row_number(shape, w.tile, i), run.top[i], run.total[i]);
+  for (int i = 0; i < TILE; ++i) factor[i] = run.total[i] == 0 ? 0 : 1 / run.total[i];
+  const Lanes<T> to = lanes_of<T>(f.out, w.tile);
+  unpack_transposed(w.out, lanes, shape.value_dim, factor,
                     [&](int lane, int64_t d, int n, Vec x) { store_part(to(lane) + d, x, n); });
+}
+
+// Item: tiles [item * tiles_of_item, ...) of a kv head, which has them in the order of tile_of.
+template <bool PAIRS, class T>
+static void forward_item(const Forward& f, int64_t item, int64_t split, int64_t splits, float* space) {
+  const Shape& shape = f.shape;
+  const int64_t kv_heads = shape.batch * shape.kv_heads, per_kv_head = attention_tiles(shape) / kv_heads;
+  const int together = tiles_of_item(shape);
+  const int64_t first = item / kv_heads * together;
+  const int count = least(together, per_kv_head - first);
+  const auto take = [&](int64_t floats) { return std::exchange(space, space + floats); };
+  const Scores s{take(FORWARD_KEYS * TILE), WIDTH, FORWARD_KEYS * WIDTH};  // in panels
+  const int keys = keys_of_block(shape);
+  const int64_t width = padded(shape.dim), value_width = padded(shape.value_dim);
+  float *const k_space = take(keys * width), *const v_space = take(keys * value_width);
+  float* const piece_space = take(shape.pairs ? keys / 2 * value_width : 0);
+  const float scale = __builtin_fabsf(shape.scale);
+  const int64_t from = shape.k_len * split / splits, to = shape.k_len * (split + 1) / splits;
+
+  Work work[TOGETHER];
+  for (int i = 0; i < count; ++i) {
+    Work& w = work[i];
+    w.tile = tile_of(shape, item % kv_heads, first + i);
+    w.q = take(shape.dim * TILE), w.out = take(shape.value_dim * TILE);
+    pack_transposed<PAIRS>(lanes_of<const T>(f.q, w.tile), w.tile.lanes(), shape.dim, w.q);
+    // The largest product must have the largest score.
+    if (shape.scale < 0) negate<PAIRS>(w.q, (PAIRS ? shape.dim / 2 : shape.dim) * TILE);
+    zero(w.out, shape.value_dim * TILE);
+    for (int j = 0; j < TILE; ++j)
+      w.run.top[j] = w.run.fresh[j] = -__builtin_inff(), w.run.base[j] = w.run.total[j] = 0;
+    w.sweep = pieces(f.seen, w.tile.batch, w.tile.row, w.tile.rows, w.tile.heads, from, to);
+  }
+  const Tile& any = work[0].tile;
+  for (;;) {
+    int64_t key = to, end = from;
+    for (int i = 0; i < count; ++i) upcoming(work[i].sweep, to, keys, &key, &end);
+    if (key >= to) break;
+    if (end > key + keys) end = key + keys;
+    Block<PAIRS, T> block{shape, at<const T>(f.k, any.batch, any.kv_head, key),
+                          at<const T>(f.v, any.batch, any.kv_head, key), f.k.row, f.v.row, key, end,
+                          k_space, v_space, piece_space};
+    for (int i = 0; i < count; ++i) forward_block(shape, scale, block, work[i], s);
+  }
+  for (int i = 0; i < count; ++i) finish<T>(f, work[i], split, splits);
 }
 
 // The rows of a tile from what its splits have found.
@@ -172,26 +248,29 @@ static void merge_tile(const Forward& f, const Tile& t, int64_t splits) {
   }
 }
 
-int64_t attention_tiles(const Shape& shape) {
-  return shape.batch * (shape.q_heads / heads_of_tile(shape)) * attention::tiles(shape.q_len);
-}
-
 int64_t attention_splits(const Shape& shape) {
   const int64_t tiles = attention_tiles(shape), wanted = tiles ? (PARALLEL + tiles - 1) / tiles : 1;
   const int64_t most = shape.k_len / SPLIT_KEYS;
   return wanted <= 1 || most <= 1 ? 1 : wanted < most ? wanted : most;
 }
 
+int64_t attention_forward_items(const Shape& shape) {
+  const int64_t kv_heads = shape.batch * shape.kv_heads, together = tiles_of_item(shape);
+  if (kv_heads == 0) return 0;
+  return (attention_tiles(shape) / kv_heads + together - 1) / together * kv_heads * attention_splits(shape);
+}
+
 int64_t attention_workspace(const Shape& shape) {
-  const int64_t widest = shape.dim > shape.value_dim ? shape.dim : shape.value_dim;
-  return (shape.dim + shape.value_dim + FORWARD_KEYS) * TILE + CONVERTED_KEYS * padded(widest);
+  const int64_t keys = keys_of_block(shape), value_width = padded(shape.value_dim);
+  return FORWARD_KEYS * TILE + keys * (padded(shape.dim) + value_width) + (shape.pairs ? keys / 2 * value_width : 0) +
+         tiles_of_item(shape) * (shape.dim + shape.value_dim) * TILE;
 }
 
 void attention_forward(const Forward& f, float* workspace, int64_t begin, int64_t end) {
   const int64_t splits = attention_splits(f.shape);
   for_dtype(f.shape, [&](auto type, auto pairs) {
     for (int64_t item = begin; item < end; ++item)
-      forward_tile<pairs, decltype(type)>(f, tile_of(f.shape, item / splits), item % splits, splits, workspace);
+      forward_item<pairs, decltype(type)>(f, item / splits, item % splits, splits, workspace);
   });
 }
 

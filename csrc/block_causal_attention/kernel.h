@@ -77,13 +77,14 @@ constexpr int64_t tiles(int64_t q_len) { return (q_len + TILE - 1) / TILE; }
 // Workspace: how many floats each thread needs, 64-byte aligned, not initialised.  Items [begin, end) may be run in any
 // cut, except that the last function's must be begun in ascending order: one may wait for lower ones to have added
 // their share of dq.  (One thread that runs all is right, and so are threads that draw items from a counter.)
-//   forward             attention_tiles * attention_splits items of attention_forward
+//   forward             attention_forward_items items of attention_forward
 //   forward, then       where there are splits, attention_tiles items of attention_merge
 //   backward, first     attention_tiles items of attention_backward_rows, all of them before
 //   backward, then      attention_backward_items items of attention_backward
 MIRASOL_DECLARE(
     int64_t attention_tiles(const attention::Shape&);
     int64_t attention_splits(const attention::Shape&);
+    int64_t attention_forward_items(const attention::Shape&);
     int64_t attention_workspace(const attention::Shape&);
     void attention_forward(const attention::Forward&, float* workspace, int64_t begin, int64_t end);
     void attention_merge(const attention::Forward&, int64_t begin, int64_t end);

@@ -77,7 +77,7 @@ Results on_cpu(const Problem& p, const Tables& t, Inputs& in, int threads) {
   Call call(p, t, in, r);
   const Forward f = call.forward();
   const int64_t items = MIRASOL_CALL(attention_tiles, s), splits = MIRASOL_CALL(attention_splits, s);
-  run(threads, items * splits, MIRASOL_CALL(attention_workspace, s),
+  run(threads, MIRASOL_CALL(attention_forward_items, s), MIRASOL_CALL(attention_workspace, s),
       [&](float* space, int64_t begin, int64_t end) { MIRASOL_CALL(attention_forward, f, space, begin, end); });
   if (splits > 1)
     run(threads, items, 0, [&](float*, int64_t begin, int64_t end) { MIRASOL_CALL(attention_merge, f, begin, end); });

@@ -1,7 +1,7 @@
 #pragma once
 // The one product under all kernels: C(n, m) += B(n, k) A(k, m), small enough to stay in cache.
-// The lanes of a vector run along m, the elements of B are broadcast; so A and C are read as they lie and nothing is
-// packed, and B may lie either way (b_n and b_k are its two strides).  Each call sums its k terms from zero, in order,
+// The lanes of a vector run along m, the elements of B are broadcast; so nothing is packed that lies in whole vectors,
+// and B may lie either way (b_n and b_k are its two strides).  Each call sums its k terms from zero, in order,
 // and adds the sum to C once: as exact as a blocked sum, and the same whatever else is computed.
 // The elements of A and B are floats, or pairs of bfloat16 along k (PAIRS): the same 32 bits to everything but `dot`.
 #include "common/half.h"
@@ -25,13 +25,15 @@ constexpr int BLOCK[] = {0, 8, 4, 3};
 struct Product {
   int vectors, n, k;  // m is `vectors` whole vectors
   const float* a;
-  int64_t a_k;  // strides
+  int64_t a_k, a_v;  // strides; a_v and c_v from vector to vector
   const Element* b;
   int64_t b_n, b_k;
   float* c;
-  int64_t c_n;
+  int64_t c_n, c_v;
   bool add = false;            // C += B A, else C = B A
   const Bits* mask = nullptr;  // one per vector, or none: a lane that is off gets nothing, not even 0 * NaN
+  float* top = nullptr;        // (m), or none: becomes the largest of itself and its column of C, NaN passed over,
+  const Bits* on = nullptr;    // in lanes that are on (one per vector, or none: in all)
 };
 
 template <bool PAIRS>
@@ -49,16 +51,26 @@ static inline void gemm_block(Product p) {
       const Vec factor = broadcast(p.b[n * p.b_n]);
 #pragma GCC unroll 8
       for (int v = 0; v < V; ++v)
-        sum[n][v] = step<PAIRS>(load(p.a + v * WIDTH), MASKED ? keep(p.mask[v], factor) : factor, sum[n][v]);
+        sum[n][v] = step<PAIRS>(load(p.a + v * p.a_v), MASKED ? keep(p.mask[v], factor) : factor, sum[n][v]);
     }
   }
 #pragma GCC unroll 8
   for (int n = 0; n < N; ++n)
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v) {
-      float* c = p.c + n * p.c_n + v * WIDTH;
+      float* c = p.c + n * p.c_n + v * p.c_v;
       store(c, p.add ? load(c) + sum[n][v] : sum[n][v]);
     }
+  if (!p.top) return;
+#pragma GCC unroll 8
+  for (int v = 0; v < V; ++v) {
+    Vec top = sum[0][v];
+#pragma GCC unroll 8
+    for (int n = 1; n < N; ++n) top = max(sum[n][v], top);
+    float* to = p.top + v * WIDTH;
+    if (p.on) top = select(p.on[v], top, load(to));
+    store(to, max(top, load(to)));
+  }
 }
 
 // The rows left over after whole blocks, in one block of their number, at most N.
@@ -92,8 +104,10 @@ static void gemm(Product p) {
     p.vectors = (left + blocks - 1) / blocks;  // of nearly the same width: 8 is 4 + 4, not 6 + 2
     gemm_width<PAIRS, MAX_VECTORS>(p);
     left -= p.vectors;
-    p.a += p.vectors * WIDTH, p.c += p.vectors * WIDTH;
+    p.a += p.vectors * p.a_v, p.c += p.vectors * p.c_v;
     if (p.mask) p.mask += p.vectors;
+    if (p.top) p.top += p.vectors * WIDTH;
+    if (p.on) p.on += p.vectors;
   }
 }
 

@@ -93,6 +93,11 @@ static inline Vec pair(Vec first, Vec second) {
 }
 static inline Vec pair(Halves first, Halves second) { return (Vec)(widen(first) | (widen(second) << 16)); }
 
+template <bool PAIRS>
+static inline void negate(float* x, int64_t n) {  // floats or pairs
+  for (int64_t i = 0; i < n; i += WIDTH) store(x + i, (Vec)((Words)load(x + i) ^ (PAIRS ? 0x80008000u : 0x80000000u)));
+}
+
 // c + a.first * b.first + a.second * b.second
 static inline Vec dot(Vec a, Vec b, Vec c) {
 #if defined(__AVX512BF16__)

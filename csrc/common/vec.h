@@ -35,6 +35,16 @@ static inline void store(float* p, Vec x) { *reinterpret_cast<Unaligned*>(p) = x
 static inline Vec select(Bits mask, Vec yes, Vec no) { return mask ? yes : no; }
 static inline Vec keep(Bits mask, Vec x) { return (Vec)(mask & (Bits)x); }  // 0 in a lane that is off, also for NaN
 
+static inline bool any(Bits mask) {
+#if defined(__AVX512F__)
+  return _mm512_movepi32_mask((__m512i)mask) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps((__m256)mask) != 0;
+#else
+  return (mask[0] | mask[1] | mask[2] | mask[3]) != 0;
+#endif
+}
+
 // max gives b where a or b is NaN.
 #if defined(__AVX512F__)
 static inline Vec broadcast(float x) { return (Vec)_mm512_set1_ps(x); }
@@ -83,13 +93,12 @@ static inline Bits lanes_between(int first, int last) {
   return (i >= first) & (i < last);
 }
 
-// e^x within 1.1 ulp for x <= 88.3; 0 below -87.3 (the result would be subnormal), infinity above, NaN for NaN.
+// e^x within 1.1 ulp for x <= 88.3, which is not checked; 0 below -87.3 (the result would be subnormal), NaN for NaN.
 // x = n ln 2 + r with |r| <= ln(2) / 2; e^r by a polynomial fitted for the least relative error, 4e-9 before rounding.
 static inline Vec exp(Vec x) {
   const Vec magic = broadcast(12582912.0f);  // 1.5 * 2^23: a sum with it keeps n, rounded, in its lowest bits
-  const Vec y = -max(broadcast(-89.0f), -x);  // NaN stays
-  const Vec shifted = fma(y, broadcast(1.44269504f), magic), n = shifted - magic;
-  Vec r = fma(n, broadcast(-0.693359375f), y);  // nine bits of ln 2: exact also without a fused multiply-add
+  const Vec shifted = fma(x, broadcast(1.44269504f), magic), n = shifted - magic;
+  Vec r = fma(n, broadcast(-0.693359375f), x);  // nine bits of ln 2: exact also without a fused multiply-add
   r = fma(n, broadcast(2.12194440e-4f), r);
   Vec p = fma(r, broadcast(0.00138145394f), broadcast(0.00836874545f));
   p = fma(p, r, broadcast(0.0416683890f));

@@ -80,7 +80,7 @@ std::tuple<Floats, Floats> forward(const Floats& q, const Floats& k, const Float
   std::vector<float> lse_low(lse.size()), parts(splits > 1 ? splits * lse.size() * (s.value_dim + 2) : 0);
   const Forward call{s, ranges_of(q_offsets, k_ranges), in(q), in(k), in(v), out(result), lse.mutable_data(),
                      lse_low.data(), parts.data()};
-  share(tiles * splits, MIRASOL_CALL(attention_workspace, s), threads,
+  share(MIRASOL_CALL(attention_forward_items, s), MIRASOL_CALL(attention_workspace, s), threads,
         [&](float* scratch, int64_t i) { MIRASOL_CALL(attention_forward, call, scratch, i, i + 1); });
   if (splits > 1) MIRASOL_CALL(attention_merge, call, 0, tiles);
   return {result, lse};
@@ -92,6 +92,7 @@ std::map<std::string, int64_t> plan(int64_t batch, int64_t q_heads, int64_t kv_h
   const Shape s{batch, q_heads, kv_heads, q_len, k_len, dim, value_dim, 1};
   return {{"tile", TILE},
           {"tiles", MIRASOL_CALL(attention_tiles, s)},
+          {"forward_items", MIRASOL_CALL(attention_forward_items, s)},
           {"splits", MIRASOL_CALL(attention_splits, s)},
           {"workspace", MIRASOL_CALL(attention_workspace, s)},
           {"backward_items", MIRASOL_CALL(attention_backward_items, s)},
