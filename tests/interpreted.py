@@ -107,15 +107,15 @@ def test_tiles_of_the_table(name: str) -> None:
 
 DECODE = {
     "one query": cases.Problem(lambda: SnippetLayout.cross([1], [140], [1]), heads=2),
-    "query heads share a tile": cases.Problem(lambda: SnippetLayout.cross([3], [150], [1]), heads=1, group=5, dim=24),
+    "query heads share a tile": cases.Problem(lambda: SnippetLayout.cross([3], [290], [1]), heads=1, group=5, dim=24),
     "streams at different positions": cases.Problem(
         lambda: SnippetLayout.batch([SnippetLayout.cross([2], [n], [1]) for n in (64, 0, 130)]), batch=3, group=2
     ),
     "window and sink": cases.Problem(
-        lambda: SnippetLayout.from_ranges([(0, 4)] * 3, [(0, 9), (40, 77), (100, 130)], q_len=6, k_len=140),
+        lambda: SnippetLayout.from_ranges([(0, 4)] * 3, [(0, 9), (40, 77), (200, 290)], q_len=6, k_len=290),
         value_dim=33,
     ),
-    "rows of several snippets": cases.Problem(lambda: SnippetLayout.uniform(9, 16, q_tokens=1, window=4, sink=1)),
+    "rows of several snippets": cases.Problem(lambda: SnippetLayout.uniform(9, 32, q_tokens=1, window=4, sink=1)),
 }
 
 
