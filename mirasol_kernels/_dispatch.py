@@ -89,6 +89,9 @@ class Backend(NamedTuple):
                 break
         if self.absent is not None:
             return self.absent
+        # Dynamo traces through an autograd.Function that torch.func differentiates as if it had no backward: zeros.
+        if torch._C._are_functorch_transforms_active() and torch.compiler.is_compiling():
+            return "torch.func inside torch.compile would lose its gradient"
         return self.why_not(*args)
 
 
@@ -122,8 +125,8 @@ class Op:
         """The backend for these arguments; None is the reference.  One asked for by name never falls back."""
         if _wish.explain:
             raise _Explained(self.explain(*args))
-        want = _known(want or _wish.name)
-        if want == "reference":
+        want = want or _wish.name
+        if want is not None and _known(want) == "reference":
             return None
         reason = f"no {want} kernel of this op"
         for backend in self.backends:

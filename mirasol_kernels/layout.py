@@ -283,7 +283,8 @@ class SnippetLayout:
         A layout not yet on `device` is copied inside the graph when torch.compile traces this; and its copy would
         break the capture of a CUDA graph.  `to(device)` before avoids both.
         """
-        device = torch.device(device)
+        if not isinstance(device, torch.device):
+            device = torch.device(device)
         if device.type == "cpu":
             return self._tables
         if device.type == "cuda" and device.index is None:

@@ -1,7 +1,9 @@
 """Every test starts from the same seed, and memory that nobody wrote holds NaN."""
 
 import os
+from collections import Counter, defaultdict
 from collections.abc import Iterator
+from typing import Any
 
 import hypothesis
 import pytest
@@ -20,6 +22,19 @@ hypothesis.settings.load_profile("mirasol")
 def pytest_configure(config: pytest.Config) -> None:
     if os.environ.get("MIRASOL_CI") and not os.environ.get("MIRASOL_GOLDEN"):
         raise pytest.UsageError("MIRASOL_CI is set but MIRASOL_GOLDEN is not: CI must not skip the golden data")
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """How many cases hypothesis drew: tests record ("drawn cases", (of what, kind, number))."""
+    drawn: dict[str, Counter[str]] = defaultdict(Counter)
+    for report in terminalreporter.stats.get("passed", []) + terminalreporter.stats.get("failed", []):
+        for name, value in report.user_properties:
+            if name == "drawn cases":
+                what, kind, number = value
+                drawn[what][kind] += number
+    for what, kinds in drawn.items():
+        each = ", ".join(f"{kind} {number}" for kind, number in kinds.items())
+        terminalreporter.write_line(f"drawn cases of {what}: {kinds.total()} ({each})")
 
 
 @pytest.fixture(autouse=True)

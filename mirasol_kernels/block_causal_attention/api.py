@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mirasol_kernels.block_causal_attention import reference
-from mirasol_kernels.block_causal_attention.op import OP, Fused, unit_stride
+from mirasol_kernels.block_causal_attention.op import OP, fused
 from mirasol_kernels.layout import SnippetLayout
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -46,6 +46,7 @@ def block_causal_attention(
     scale: float | None = None,
     return_lse: bool = False,
     backend: str | None = None,
+    **unknown: object,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention in which every query row sees the few ranges of keys that `layout` gives it.
 
@@ -68,47 +69,61 @@ def block_causal_attention(
     Raises ValueError or TypeError naming the argument, before anything is computed; NotImplementedError with the reason
     if `backend` cannot serve the call.
     """
-    check(q, k, v)
+    if unknown:
+        raise TypeError(
+            f"{OP.name}: {next(iter(unknown))}: no such argument: layout says who sees whom "
+            "(causal: SnippetLayout.uniform(tokens, 1)), any number of query heads per key head works as it is, "
+            "and there is no dropout, bias or softcap"
+        )
+    q, k, v = checked(q, k, v)
     check_scale(OP.name, scale)
     if not isinstance(layout, SnippetLayout):
         raise TypeError(f"{OP.name}: layout: expected a SnippetLayout, got {type(layout).__name__}")
     layout.validate(q.shape[2], k.shape[2], q.shape[0], op=OP.name)
-    q, k, v = cast(q), cast(k), cast(v)
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     tables = layout.tables(q.device)
     chosen = OP.select((q, k, v, *tables, scale, backend), backend)
     if chosen is None:
         out, lse = reference.block_causal_attention(q, k, v, tables.q_offsets, tables.k_ranges, scale, layout.span)
     else:
-        out, lse, _ = Fused.apply(unit_stride(q), unit_stride(k), unit_stride(v), *tables, scale, chosen.name)
+        out, lse = fused(chosen, q, k, v, tables, scale)
     return (out, lse) if return_lse else out
 
 
-def check(q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Raise unless attention of q, k and v, of any length, is defined."""
+def checked(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v as autocast has them; raises unless attention of them, of any length, is defined."""
     op = OP.name
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{op}: {name}: expected a tensor, got {type(x).__name__}")
         if x.ndim != 4:
             raise ValueError(f"{op}: {name}: expected 4 dimensions (batch, heads, tokens, head_dim), got {shape(x)}")
-    if q.dtype not in DTYPES:
-        raise TypeError(f"{op}: q: expected float32, float16, bfloat16 or float64, got {q.dtype}")
-    for name, x in (("k", k), ("v", v)):
-        if x.dtype != q.dtype:
-            raise TypeError(f"{op}: {name}: expected {q.dtype} like q, got {x.dtype}")
-        if x.device != q.device:
-            raise ValueError(f"{op}: {name}: expected device {q.device} like q, got {x.device}")
-    if k.shape[0] != q.shape[0] or k.shape[3] != q.shape[3]:
-        raise ValueError(f"{op}: k: expected batch {q.shape[0]} and head_dim {q.shape[3]} like q, got {shape(k)}")
-    if v.shape[:3] != k.shape[:3]:
+    device = q.device
+    if torch.is_autocast_enabled(device.type):
+        q, k, v = (cast(x, torch.get_autocast_dtype(device.type)) for x in (q, k, v))
+    dtype = q.dtype
+    if dtype not in DTYPES:
+        raise TypeError(f"{op}: q: expected float32, float16, bfloat16 or float64, got {dtype}")
+    if not (k.dtype == v.dtype == dtype and k.device == v.device == device):
+        for name, x in (("k", k), ("v", v)):
+            if x.dtype != dtype:
+                raise TypeError(f"{op}: {name}: expected {dtype} like q, got {x.dtype}")
+            if x.device != device:
+                raise ValueError(f"{op}: {name}: expected device {device} like q, got {x.device}")
+    batch, heads, _, dim = q.shape
+    k_batch, k_heads, tokens, k_dim = k.shape
+    v_batch, v_heads, v_tokens, value_dim = v.shape
+    if k_batch != batch or k_dim != dim:
+        raise ValueError(f"{op}: k: expected batch {batch} and head_dim {dim} like q, got {shape(k)}")
+    if v_batch != k_batch or v_heads != k_heads or v_tokens != tokens:
         raise ValueError(f"{op}: v: expected batch, heads and tokens {tuple(k.shape[:3])} like k, got {shape(v)}")
-    if not 1 <= q.shape[3] <= LARGEST_HEAD:
-        raise ValueError(f"{op}: q: expected head_dim 1 .. {LARGEST_HEAD}, got {q.shape[3]}")
-    if not 1 <= v.shape[3] <= LARGEST_HEAD:
-        raise ValueError(f"{op}: v: expected head_dim 1 .. {LARGEST_HEAD}, got {v.shape[3]}")
-    if q.shape[1] < 1 or k.shape[1] < 1 or q.shape[1] % k.shape[1]:
-        raise ValueError(f"{op}: q: expected heads a multiple of the {k.shape[1]} of k, got {q.shape[1]}")
+    if not 1 <= dim <= LARGEST_HEAD:
+        raise ValueError(f"{op}: q: expected head_dim 1 .. {LARGEST_HEAD}, got {dim}")
+    if not 1 <= value_dim <= LARGEST_HEAD:
+        raise ValueError(f"{op}: v: expected head_dim 1 .. {LARGEST_HEAD}, got {value_dim}")
+    if heads < 1 or k_heads < 1 or heads % k_heads:
+        raise ValueError(f"{op}: q: expected heads a multiple of the {k_heads} of k, got {heads}")
+    return q, k, v
 
 
 def check_scale(op: str, scale: float | None) -> None:
@@ -120,9 +135,6 @@ def shape(x: Tensor) -> tuple[int, ...]:
     return tuple(x.shape)
 
 
-def cast(x: Tensor) -> Tensor:
-    """What autocast does to the operands of attention; float64 is left alone, as it does."""
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        return x.to(torch.get_autocast_dtype(device))
-    return x
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """What autocast does to an operand of attention; it leaves float64 alone."""
+    return x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x

@@ -8,6 +8,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from mirasol_kernels._ranges import INT32_MAX
 from mirasol_kernels.block_causal_attention import reference
 from mirasol_kernels.block_causal_attention.api import DTYPES, LARGEST_HEAD, check_scale, shape
 from mirasol_kernels.block_causal_attention.op import OP, unit_stride
@@ -60,9 +61,14 @@ class SnippetCache:
             raise TypeError(f"SnippetCache: dtype: expected float32, float16, bfloat16 or float64, got {dtype}")
         self.snippet_tokens, self.window, self.sink = snippet_tokens, window, sink
         tokens = (sink + window) * snippet_tokens
-        self.k = torch.zeros(batch, heads, tokens, head_dim, dtype=dtype, device=device)
-        self.v = torch.zeros(batch, heads, tokens, value_dim, dtype=dtype, device=device)
-        self.position = torch.zeros(batch, dtype=torch.int32, device=device)  # snippets each row has seen
+        if tokens > INT32_MAX:
+            raise ValueError(
+                f"SnippetCache: (sink + window) * snippet_tokens: expected at most {INT32_MAX}, got {tokens}"
+            )
+        with torch.inference_mode(False):  # an inference tensor could not be written to outside that mode
+            self.k = torch.zeros(batch, heads, tokens, head_dim, dtype=dtype, device=device)
+            self.v = torch.zeros(batch, heads, tokens, value_dim, dtype=dtype, device=device)
+            self.position = torch.zeros(batch, dtype=torch.int32, device=device)  # snippets each row has seen
 
     def append(self, k: Tensor, v: Tensor) -> None:
         """Store the next snippet of every batch row.  k: (B, H, snippet_tokens, D), v: (B, H, snippet_tokens, Dv)."""
@@ -143,6 +149,7 @@ class SnippetCache:
         for name in ("k", "v", "position"):
             getattr(self, name).copy_(state[name])
 
+    @torch.inference_mode(False)
     def fork(self) -> SnippetCache:
         """An independent copy, for instance to look ahead."""
         other = object.__new__(type(self))

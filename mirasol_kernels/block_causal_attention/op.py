@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
 
-from mirasol_kernels._dispatch import Op, wanted_backend
+from mirasol_kernels._dispatch import Backend, Op, wanted_backend
+from mirasol_kernels.layout import LayoutTables
 
 # Results: out, lse, and what the rounding of lse to float32 left out, which backward wants: at scores of 1e4 half an
 # ulp is 5e-4, far more than exp(score - lse) may lose.  Its unit is a matter between forward and backward of a backend.
@@ -107,6 +108,31 @@ def unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(3) == 1 else x.clone(memory_format=torch.contiguous_format)
 
 
+def calls(backend: str) -> dict[str, Any]:
+    for b in OP.backends:
+        if b.name == backend:
+            return b.calls
+    raise KeyError(backend)
+
+
+def fused(backend: Backend, q: Tensor, k: Tensor, v: Tensor, tables: LayoutTables, scale: float) -> tuple[Tensor, ...]:
+    """out and lse on `backend`, differentiable once.  torch's wrapping of a call costs more than a small call itself:
+    only what is differentiated pays for it, and only under torch.func for what torch.func needs."""
+    if not q.stride(3) == k.stride(3) == v.stride(3) == 1:
+        q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
+    function: type[Fused] = Fused
+    if torch.compiler.is_compiling():  # Dynamo takes no tensor twice
+        k, v = k.view_as(k) if k is q else k, v.view_as(v) if v is k or v is q else v
+    # Private, but what torch's own autograd.Function asks: torch.func and dual numbers show in no other way.
+    elif torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        function = Transformed
+    elif torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        function = Eager
+    else:
+        return backend.calls["fwd"](q, k, v, tables.q_offsets, tables.k_ranges, scale)[:2]
+    return function.apply(q, k, v, *tables, scale, backend.name)[:2]
+
+
 class Fused(torch.autograd.Function):
     """Of q, k and v with unit stride in the last dimension, the tables of `LayoutTables`, scale, a backend's name."""
 
@@ -121,24 +147,83 @@ class Fused(torch.autograd.Function):
         ctx.save_for_backward(*tensors[:3], *output, *tensors[3:])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dout, dlse, _):
         # A gradient may have any strides: that of a sum is one number, expanded.
-        grads = calls(ctx.backend)["bwd"](unit_stride(dout), dlse.contiguous(), *ctx.saved_tensors, ctx.scale)
+        args = unit_stride(dout), dlse.contiguous(), *ctx.saved_tensors, ctx.scale
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph: what AOTAutograd refuses
+            grads = Gradients.apply(*args, ctx.backend)
+        else:
+            grads = calls(ctx.backend)["bwd"](*args)
         return *grads, None, None, None, None, None, None, None
 
     @staticmethod
     def vmap(info, in_dims, *args):
         """The mapped dimension joins the batch."""
-        size, (*tables, scale, backend) = info.batch_size, args[3:]
-        qkv = [
-            x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
-            for x, dim in zip(args[:3], in_dims, strict=False)
-        ]
-        tables = [t if len(t) == 1 else t.repeat(size, *[1] * (t.ndim - 1)) for t in tables]
-        results = Fused.apply(*[unit_stride(x.flatten(0, 1)) for x in qkv], *tables, scale, backend)
-        return tuple(x.unflatten(0, (size, -1)) for x in results), (0, 0, 0)
+        return _over_batch(Fused, info.batch_size, in_dims, args, tables=3)
 
 
-def calls(backend: str) -> dict[str, Any]:
-    return next(b.calls for b in OP.backends if b.name == backend)
+class Eager(Fused):
+    """The same for eager calls: a forward that takes ctx spares torch the inspection of signatures, 60 us a call."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = Fused.forward(*inputs)
+        Fused.setup_context(ctx, inputs, output)
+        return output
+
+    setup_context = torch.autograd.Function.setup_context  # torch's sign of a forward that takes ctx
+
+
+class Transformed(Fused):
+    """The same for torch.func and forward mode: torch.compile takes no function that has a jvp."""
+
+    @staticmethod
+    def jvp(ctx, *_):
+        raise once(ctx.backend, "forward-mode differentiation")
+
+
+class Gradients(torch.autograd.Function):
+    """dq, dk and dv as functions of all they come from, so that a second derivative is an error and never a zero.
+
+    once_differentiable cannot say so to torch.func, nor to who allows unused inputs: they would get the zero.
+    """
+
+    @staticmethod
+    def forward(*args):
+        *args, backend = args
+        return calls(backend)["bwd"](*args)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.backend = inputs[-1]
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise once(ctx.backend, "a second derivative")
+
+    jvp = backward
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        return _over_batch(Gradients, info.batch_size, in_dims, args, tables=8)
+
+
+def once(backend: str, wanted: str) -> NotImplementedError:
+    return NotImplementedError(
+        f"{OP.name}: backend {backend!r} has first derivatives in reverse mode only, not {wanted}; "
+        "backend='reference' has them all"
+    )
+
+
+def _over_batch(function: Any, size: int, in_dims: tuple, args: tuple, tables: int) -> tuple:
+    """`function` of args, the first `tables` of which are tensors with a batch that the mapped dimension joins."""
+
+    def joined(x: Tensor, dim: int | None) -> Tensor:
+        x = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+        x = x.flatten(0, 1)
+        return unit_stride(x) if x.ndim == 4 else x.contiguous()
+
+    batched = [joined(x, dim) for x, dim in zip(args[:tables], in_dims, strict=False)]
+    repeated = [t if len(t) == 1 else t.repeat(size, *[1] * (t.ndim - 1)) for t in args[tables:-2]]
+    results = function.apply(*batched, *repeated, *args[-2:])
+    return tuple(x.unflatten(0, (size, -1)) for x in results), (0,) * len(results)

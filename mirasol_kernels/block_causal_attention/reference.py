@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -15,6 +16,11 @@ from mirasol_kernels.layout import visible
 BUDGET = 256 << 20
 
 Span = Callable[[int, int], tuple[int, int]]
+
+
+def _wide(device: str) -> AbstractContextManager:
+    """Without autocast, where the device has it (meta tensors have not): the caller's casts are done."""
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -56,7 +62,7 @@ def block_causal_attention(
         a, b = span(i, j) if span else (0, keys)
         asking, read = torch.arange(i, j, device=q.device), torch.arange(a, b, device=q.device)
         seen = visible(q_offsets, k_ranges, asking, read)  # (B or 1, j-i, b-a)
-        with torch.autocast(q.device.type, enabled=False):  # the caller's casts are done; these products stay wide
+        with _wide(q.device.type):
             return _attend(q[:, :, i:j], k[:, :, a:b], v[:, :, a:b], seen, scale)
 
     if blocks == 1:

@@ -11,9 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from mirasol_kernels import SnippetCache, SnippetLayout, block_causal_attention
 from tests.numerics import assert_close_fp64, assert_within_budget
+from tests.ops.attention import BACKENDS, ON_GPU, on_gpu, served
 
 
 def stream(batch: int, snippets: int, tokens: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
@@ -36,22 +39,52 @@ def play(cache: SnippetCache, q: Tensor, k: Tensor, v: Tensor, **options) -> Ten
 
 
 @settings(max_examples=60)
-@given(snippets=st.integers(1, 12), tokens=st.integers(1, 5), window=st.integers(1, 4), sink=st.integers(0, 3))
-def test_equals_offline(snippets: int, tokens: int, window: int, sink: int) -> None:
-    """Over several turns of the ring."""
+@given(
+    snippets=st.integers(1, 12),
+    tokens=st.integers(1, 5),
+    window=st.integers(1, 4),
+    sink=st.integers(0, 3),
+    restarts=st.sets(st.integers(1, 11), max_size=3),
+)
+def test_equals_offline(snippets: int, tokens: int, window: int, sink: int, restarts: set[int]) -> None:
+    """Over several turns of the ring, and where one row of the batch starts anew now and then."""
     q, k, v = stream(2, snippets, tokens)
-    offline = block_causal_attention(q, k, v, SnippetLayout.uniform(snippets, tokens, window=window, sink=sink))
-    assert_close_fp64(play(new(2, tokens, window, sink), q, k, v), offline)
+    cache = new(2, tokens, window, sink)
+    begins = [0, *sorted(t for t in restarts if t < snippets), snippets]
+    streamed = []
+    for begin, end in itertools.pairwise(begins):
+        cache.reset([1])
+        streamed.append(play(cache, *(x[:, :, begin * tokens : end * tokens] for x in (q, k, v))))
+    actual = torch.cat(streamed, 2)
+
+    def offline(row: int, begin: int, end: int) -> Tensor:
+        layout = SnippetLayout.uniform(end - begin, tokens, window=window, sink=sink)
+        part = (x[row : row + 1, :, begin * tokens : end * tokens] for x in (q, k, v))
+        return block_causal_attention(*part, layout)
+
+    assert_close_fp64(actual[:1], offline(0, 0, snippets))
+    parts = [offline(1, begin, end) for begin, end in itertools.pairwise(begins)]
+    assert_close_fp64(actual[1:], torch.cat(parts, 2))
 
 
-def test_equals_offline_on_every_backend() -> None:
-    """In float32, on whatever the automatic choice is here, within the budget of the offline reference."""
-    q, k, v = stream(2, 9, 16, torch.float32)
-    layout = SnippetLayout.uniform(9, 16, window=3, sink=1)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_thousands_of_snippets(backend: str, dtype: torch.dtype) -> None:
+    """No drift: after a thousand turns of the ring the error is that of the offline reference."""
+    served(backend, dtype)
+    snippets, tokens, window, sink = 3000, 2, 3, 1
+    q, k, v = stream(1, snippets, tokens, dtype)
+    # Offline at a few snippets, early and late: each sees the sink and its window.
+    asked = [*range(8), *range(snippets // 2, snippets // 2 + 8), *range(snippets - 8, snippets)]
+    lengths = [tokens * (t in asked) for t in range(snippets)]
+    layout = SnippetLayout.ragged([tokens] * snippets, lengths, window=window, sink=sink)
+    streamed = play(new(1, tokens, window, sink, dtype), q, k, v, backend=backend)
+    actual, q = (torch.cat([x.split(tokens, 2)[t] for t in asked], 2) for x in (streamed, q))
     low = block_causal_attention(q, k, v, layout, backend="reference")
     exact = block_causal_attention(q.double(), k.double(), v.double(), layout)
-    for backend in (None, "reference"):
-        assert_within_budget(play(new(2, 16, 3, 1, torch.float32), q, k, v, backend=backend), low, exact)
+    assert_within_budget(actual, low, exact)
+    late = slice(-8 * tokens, None)
+    assert_within_budget(actual[:, :, late], low[:, :, late], exact[:, :, late])
 
 
 def test_rows_at_different_positions() -> None:
@@ -130,26 +163,117 @@ def test_state_dict_and_fork() -> None:
     assert all(isinstance(x, Tensor) for x in state.values())
 
 
+def test_safetensors() -> None:
+    """A state goes through a file as it is, and into a cache of another dtype or device: that is how one moves."""
+    safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
+    cache, q = new(2, 3, 2, 1), stream(2, 1, 3)[0]
+    play(cache, *stream(2, 5, 3))
+    state = safetensors.load(safetensors.save(cache.state_dict()))
+    other = new(2, 3, 2, 1)
+    other.load_state_dict(state)
+    assert torch.equal(other.attend(q), cache.attend(q))
+    half = new(2, 3, 2, 1, torch.bfloat16)
+    half.load_state_dict(state)
+    assert torch.equal(half.k, cache.k.bfloat16()) and half.attend(q.bfloat16()).dtype == torch.bfloat16
+
+
+def test_inference_mode() -> None:
+    """A cache made in that mode, or forked in it, goes on outside of it."""
+    q, k, v = stream(1, 2, 2)
+    with torch.inference_mode():
+        cache = new(1, 2, 2, 0)
+        first = play(cache, q, k, v)
+        fork = cache.fork()
+    assert not first.requires_grad
+    for each in (cache, fork):
+        each.reset()
+        assert torch.equal(play(each, q, k, v), play(new(1, 2, 2, 0), q, k, v))
+
+
 def test_nothing_carries_a_gradient() -> None:
     q, k, v = (x.requires_grad_() for x in stream(1, 2, 2))
     assert not play(new(1, 2, 2, 0), q, k, v).requires_grad
 
 
-def test_a_step_compiles_once() -> None:
-    """One graph for every step of a stream, whatever the positions."""
-    torch._dynamo.reset()
-    counter = CompileCounterWithBackend("aot_eager")
-    cache, plain = new(1, 2, 2, 1), new(1, 2, 2, 1)
-
+def step_of(cache: SnippetCache, backend: str | None = None) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     def step(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         cache.append(k, v)
-        return cache.attend(q)
+        return cache.attend(q, backend=backend)
 
-    compiled = torch.compile(step, fullgraph=True, backend=counter)
-    for q, k, v in zip(*(x.split(2, 2) for x in stream(1, 6, 2)), strict=True):
-        plain.append(k, v)
-        assert_close_fp64(compiled(q, k, v), plain.attend(q))
+    return step
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_step_compiles_once(backend: str) -> None:
+    """One graph for every step of a stream, whatever the positions."""
+    served(backend)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    cache, plain = (new(1, 2, 2, 1, torch.float32) for _ in range(2))
+    compiled = torch.compile(step_of(cache, backend), fullgraph=True, backend=counter)
+    eager = step_of(plain, backend)
+    exact = step_of(new(1, 2, 2, 1))
+    for snippet in zip(*(x.split(2, 2) for x in stream(1, 6, 2, torch.float32)), strict=True):
+        assert_within_budget(compiled(*snippet), eager(*snippet), exact(*(x.double() for x in snippet)))
     assert counter.frame_count == 1
+
+
+class Steps(TorchDispatchMode):
+    """Every operator that runs, with the shapes of its results; one that brings a number to the host is an error."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert torch.Tag.data_dependent_output not in func.tags, func
+        assert torch.Tag.dynamic_output_shape not in func.tags, func
+        result = func(*args, **(kwargs or {}))
+        self.seen.append((func, [x.shape for x in tree_leaves(result) if isinstance(x, Tensor)]))
+        return result
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_step_never_looks(backend: str) -> None:
+    """No number comes to the host, so a GPU is not waited for; and each step does the same, in the same memory."""
+    served(backend)
+    step, steps = step_of(new(2, 2, 2, 1, torch.float32), backend), []
+    for snippet in zip(*(x.split(2, 2) for x in stream(2, 6, 2, torch.float32)), strict=True):
+        with Steps() as mode:
+            step(*snippet)
+        steps.append(mode.seen)
+    assert all(seen == steps[0] for seen in steps)
+
+
+def test_a_step_on_meta_tensors() -> None:
+    """Which have no numbers to look at."""
+    cache = SnippetCache(2, 2, 6, snippet_tokens=3, window=2, sink=1, device="meta")
+    k = torch.empty(2, 2, 3, 6, device="meta")
+    out = step_of(cache)(torch.empty(2, 4, 3, 6, device="meta"), k, k)
+    assert out.device.type == "meta" and out.shape == (2, 4, 3, 6)
+
+
+@pytest.mark.parametrize("backend", ON_GPU)
+def test_cuda_graph(backend: str) -> None:
+    """One graph of a step, replayed, is the stream."""
+    on_gpu(backend)
+    q, k, v = (x.cuda() for x in stream(2, 9, 16, torch.float32))
+    snippets = [x.split(16, 2) for x in (q, k, v)]
+    static = [x[0].clone() for x in snippets]
+    cache, plain = (SnippetCache(2, 2, 6, 5, snippet_tokens=16, window=3, sink=1, device="cuda") for _ in range(2))
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):  # what the first call compiles and allocates, a capture must not
+        step_of(cache, backend)(*static)
+    side.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step_of(cache, backend)(*static)
+    cache.reset()
+    for snippet in zip(*snippets, strict=True):
+        for x, new_x in zip(static, snippet, strict=True):
+            x.copy_(new_x)
+        graph.replay()
+        assert torch.equal(out, step_of(plain, backend)(*snippet))
 
 
 K, V = torch.zeros(2, 2, 3, 6), torch.zeros(2, 2, 3, 5)
@@ -174,6 +298,11 @@ ERRORS: dict[str, tuple[Callable, type[Exception], str]] = {
     "sink": (lambda: SnippetCache(1, 2, 6, snippet_tokens=3, window=1, sink=-1), ValueError, "sink: .* 0, got -1"),
     "float": (lambda: SnippetCache(1, 2, 6, snippet_tokens=1.5, window=1), ValueError, "snippet_tokens: .* got 1.5"),
     "wide": (lambda: SnippetCache(1, 2, 300, snippet_tokens=1, window=1), ValueError, "head_dim: .* 256, got 300"),
+    "long": (
+        lambda: SnippetCache(1, 2, 6, snippet_tokens=2**20, window=2**11),
+        ValueError,
+        r"\(sink \+ window\) \* snippet_tokens: expected at most 2147483647, got 2147483648",
+    ),
     "dtype": (
         lambda: SnippetCache(1, 2, 6, snippet_tokens=1, window=1, dtype=torch.int32),
         TypeError,
