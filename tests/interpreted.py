@@ -23,7 +23,7 @@ from mirasol_kernels._triton import Config
 from mirasol_kernels.block_causal_attention import cases, op, triton, triton_backward
 from mirasol_kernels.block_causal_attention.triton_config import Machine
 from tests.numerics import assert_within_budget
-from tests.ops.test_block_causal_attention import LAYOUTS, assert_rounded, densely, problems, terms
+from tests.ops.test_block_causal_attention_drawn import LAYOUTS, assert_rounded, densely, problems, terms
 
 MACHINE = Machine(90, 2)
 
