@@ -25,13 +25,15 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """How many cases hypothesis drew: tests record ("drawn cases", (of what, kind, number))."""
+    """How many cases hypothesis drew: tests record ("drawn cases", (of what, kind, number)); and ("summary", line)."""
     drawn: dict[str, Counter[str]] = defaultdict(Counter)
     for report in terminalreporter.stats.get("passed", []) + terminalreporter.stats.get("failed", []):
         for name, value in report.user_properties:
             if name == "drawn cases":
                 what, kind, number = value
                 drawn[what][kind] += number
+            if name == "summary":
+                terminalreporter.write_line(value)
     for what, kinds in drawn.items():
         each = ", ".join(f"{kind} {number}" for kind, number in kinds.items())
         terminalreporter.write_line(f"drawn cases of {what}: {kinds.total()} ({each})")

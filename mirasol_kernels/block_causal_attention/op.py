@@ -62,6 +62,32 @@ def _cuda(q: Tensor, *rest: Any) -> str | None:
     return None
 
 
+def _triton(q: Tensor, *_: Any) -> str | None:
+    if q.dtype == torch.float64:
+        return "no float64"
+    if torch.version.hip:
+        return "NVIDIA GPUs only"
+    return None if torch.cuda.get_device_capability(q.device) >= (8, 0) else "compute capability below 8.0"
+
+
+def _triton_fwd(q: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    from mirasol_kernels.block_causal_attention import triton  # not before a kernel runs
+
+    results = _fake_fwd(q, *args)
+    with torch.cuda.device(q.device):
+        triton.run_forward(q, *args, *results)
+    return results
+
+
+def _triton_bwd(*args: Any) -> tuple[Tensor, ...]:
+    from mirasol_kernels.block_causal_attention import triton_backward
+
+    results = _fake_bwd(*args)
+    with torch.cuda.device(args[0].device):
+        triton_backward.run_backward(*args, *results)
+    return results
+
+
 def _on_current_stream(part: str) -> Callable:
     """The compiled CUDA kernel of `part`.  It links no CUDA part of torch, so the stream is an argument."""
 
@@ -73,6 +99,7 @@ def _on_current_stream(part: str) -> Callable:
 
 
 OP.backend("native", "cpu", _native)
+OP.backend("triton", "cuda", _triton, fwd=_triton_fwd, bwd=_triton_bwd)
 OP.backend("cuda", "cuda", _cuda, fwd=_on_current_stream("fwd"), bwd=_on_current_stream("bwd"))
 
 

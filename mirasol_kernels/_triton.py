@@ -1,0 +1,85 @@
+"""What Triton kernels of any op share: a launch as a value, tiles of rows, units of the exponential."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# exp(x) = exp2(x log2(e)): the chip has exp2 only, so scores are kept in units of log2 from the start.
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+class Config(NamedTuple):
+    """Tile of `rows` query rows by `keys` keys, and how the compiler shall spread and pipeline it."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+class Launch(NamedTuple):
+    """A kernel and everything it is launched with.  A value, so that what tests compile is what runs."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]  # tensors, numbers and constants by the kernel's names
+    options: dict[str, int]  # num_warps, num_stages
+
+    def run(self) -> None:
+        self.kernel[self.grid](**self.arguments, **self.options)
+
+
+def options(config: Config) -> dict[str, int]:
+    return {"num_warps": config.warps, "num_stages": config.stages}
+
+
+def compiled(launch: Launch, capability: int) -> Any:
+    """The kernel of `launch` compiled for a GPU that need not be here (80 is compute capability 8.0).
+
+    Triton's own binder sorts the arguments into constants, aligned and other ones, as it does at a launch.
+    """
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    target, kernel = GPUTarget("cuda", capability, 32), launch.kernel
+    backend = make_backend(target)
+    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, _ = binder(**launch.arguments, **launch.options)
+    options, signature, constants, attributes = kernel._pack_args(
+        backend, launch.options, bound, specialization, launch.options
+    )
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=target, options=options.__dict__)
+
+
+def near(x: Tensor) -> Tensor:
+    """x (B, H, N, D), copied if its rows are so far apart that an offset within a tile leaves 32 bits."""
+    return x if x.stride(2) < 1 << 23 else x.contiguous()
+
+
+def power_of_two(n: int, least: int = 16) -> int:
+    """The least power of two that holds n; a product of tiles needs 16."""
+    return max(least, 1 << (n - 1).bit_length())
+
+
+@triton.jit
+def load_rows(
+    x, stride, start, stop, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TAIL: tl.constexpr
+):  # -> (ROWS, BLOCK_D)
+    """Rows start .. start+ROWS-1 of x (N, D); zeros past D and, with TAIL, from row `stop` on, which is not read."""
+    row, d = tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
+    pointers = x + start.to(tl.int64) * stride + (row[:, None] * stride + d[None, :])
+    if TAIL:
+        mask = start + row[:, None] < stop
+        if D != BLOCK_D:
+            mask = mask & (d[None, :] < D)
+        return tl.load(pointers, mask=mask, other=0.0)
+    if D != BLOCK_D:
+        return tl.load(pointers, mask=d[None, :] < D, other=0.0)
+    return tl.load(pointers)
