@@ -60,9 +60,9 @@ struct Rows {  // of a tile, per lane
   alignas(64) float lse[TILE], lse_low[TILE], delta[TILE];
 };
 
-// P = exp(scale S - lse) and dS = P (dP - delta) in place of S and dP, each row of keys then for the product that ends in
-// that key, and dS in ds_terms for the one that ends in a query.  Where these are pairs, of lanes the ones and of keys
-// the other, rows are still TILE floats apart.
+// P = exp(scale S - lse) and dS = P (dP - delta) in place of S and dP, each row of keys then for the product that ends
+// in that key, and dS in ds_terms for the one that ends in a query.  Where these are pairs, of lanes the ones and of
+// keys the other, rows are still TILE floats apart.
 template <bool PAIRS>
 static void softmax_backward(int keys, const Span& s, const Rows& rows, float factor, const Buffers& b) {
   const Vec scale = broadcast(factor);
@@ -94,7 +94,8 @@ static void softmax_backward(int keys, const Span& s, const Rows& rows, float fa
   }
 }
 
-// to (keys, padded dim) += P X, with P (keys, lanes of the piece), X (lanes, padded dim): the product that ends in a key.
+// to (keys, padded dim) += P X, with P (keys, lanes of the piece), X (lanes, padded dim): the product that ends in a
+// key.
 template <bool PAIRS>
 static inline void scatter(const Piece& piece, int lanes, const float* p, const float* x, int64_t dim, float* to) {
   const int64_t width = padded(dim);

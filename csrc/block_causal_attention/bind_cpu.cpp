@@ -14,6 +14,7 @@ using namespace mirasol::attention;
 namespace {
 
 constexpr std::align_val_t ALIGNMENT{64};
+constexpr auto single = torch::headeronly::ScalarType::Float;
 constexpr double LEAST_WORK = 1 << 19;  // multiply-adds for which waking another thread pays
 
 // Threads draw items from a counter and call each(workspace, begin, end): they are begun in ascending order, and no
@@ -39,7 +40,6 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& q, const Tensor& k, con
                                            const Tensor& k_ranges, double scale) {
   Forward f = forward_of(q, k, v, q_offsets, k_ranges, scale);
   const Shape& s = f.shape;
-  const auto single = torch::headeronly::ScalarType::Float;
   Tensor out = rows_before_heads(q) ? transpose(new_empty(q, {s.batch, s.q_len, s.q_heads, s.value_dim}), 1, 2)
                                     : new_empty(q, {s.batch, s.q_heads, s.q_len, s.value_dim});
   Tensor lse = new_empty(q, {s.batch, s.q_heads, s.q_len}, single), lse_low = empty_like(lse);
@@ -64,15 +64,16 @@ Tensor gradient_of(const Tensor& x) {
 
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dout, const Tensor& dlse, const Tensor& q, const Tensor& k,
                                             const Tensor& v, const Tensor& out, const Tensor& lse,
-                                            const Tensor& lse_low, const Tensor& q_offsets, const Tensor& k_ranges, const Tensor& k_offsets,
-                                            const Tensor& q_index, const Tensor& q_ranges, double scale) {
+                                            const Tensor& lse_low, const Tensor& q_offsets, const Tensor& k_ranges,
+                                            const Tensor& k_offsets, const Tensor& q_index, const Tensor& q_ranges,
+                                            double scale) {
   Backward g = backward_of(dout, dlse, q, k, v, out, lse, lse_low, q_offsets, k_ranges, k_offsets, q_index, q_ranges,
                            scale);
   const Shape& s = g.shape;
   Tensor dq = gradient_of(q), dk = gradient_of(k), dv = gradient_of(v);
   g.dq = output(dq), g.dk = output(dk), g.dv = output(dv);
   Tensor share = dq;  // of halves the sums over chunks need a place of their own
-  if (s.dtype != Dtype::float32) share = new_empty(q, {s.batch, s.q_heads, s.q_len, s.dim}, torch::headeronly::ScalarType::Float);
+  if (s.dtype != Dtype::float32) share = new_empty(q, {s.batch, s.q_heads, s.q_len, s.dim}, single);
   g.dq_share = output<float>(share);
   const auto turns = std::make_unique<int32_t[]>(s.batch * s.q_heads * tiles(s.q_len));
   const std::unique_ptr<float[]> delta(new float[s.batch * s.q_heads * s.q_len]);

@@ -42,9 +42,9 @@ Tensor gradient_of(const Tensor& x) {
 
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dout, const Tensor& dlse, const Tensor& q, const Tensor& k,
                                             const Tensor& v, const Tensor& out, const Tensor& lse,
-                                            const Tensor& lse_low, const Tensor& q_offsets, const Tensor& k_ranges, const Tensor& k_offsets,
-                                            const Tensor& q_index, const Tensor& q_ranges, double scale,
-                                            int64_t stream) {
+                                            const Tensor& lse_low, const Tensor& q_offsets, const Tensor& k_ranges,
+                                            const Tensor& k_offsets, const Tensor& q_index, const Tensor& q_ranges,
+                                            double scale, int64_t stream) {
   Backward g = backward_of(dout, dlse, q, k, v, out, lse, lse_low, q_offsets, k_ranges, k_offsets, q_index, q_ranges,
                            scale);
   const Shape& s = g.shape;

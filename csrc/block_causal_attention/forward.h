@@ -1,8 +1,8 @@
 #pragma once
-// Forward: one item is a few tiles of query rows that share a kv head, walked together over the keys they see, a block of
-// keys at a time, with an online softmax: each block is brought to the cache, and made floats if it must, once for all of
-// them.  Where there are few tiles, as in decoding, the keys are cut into splits, an item each, and their results merged
-// in a second pass.
+// Forward: one item is a few tiles of query rows that share a kv head, walked together over the keys they see, a block
+// of keys at a time, with an online softmax: each block is brought to the cache, and made floats if it must, once for
+// all of them.  Where there are few tiles, as in decoding, the keys are cut into splits, an item each, and their
+// results merged in a second pass.
 #include <utility>
 #include "block_causal_attention/tile.h"
 
@@ -74,8 +74,12 @@ static void weights(const Placed& x, int v, float factor, const Scores& scores, 
   const auto all = [&](bool masked) {
     for (int key = 0; key < x.piece.keys; PAIRS ? key += 2 : ++key) {
       const Vec first = weight(key, masked);
-      if constexpr (PAIRS) store(s + key / 2 * WIDTH, pair(first, key + 1 < x.piece.keys ? weight(key + 1, masked) : Vec{}));
-      else store(s + key * WIDTH, first);
+      if constexpr (PAIRS) {
+        const Vec second = key + 1 < x.piece.keys ? weight(key + 1, masked) : Vec{};
+        store(s + key / 2 * WIDTH, pair(first, second));
+      } else {
+        store(s + key * WIDTH, first);
+      }
     }
   };
   x.span.masked ? all(true) : all(false);

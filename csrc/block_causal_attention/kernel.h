@@ -67,8 +67,8 @@ struct Backward {
 
 constexpr int64_t MAX_DIM = 256;
 constexpr int TILE = 64;  // query rows of a tile
-// With fewer tiles than that, keys are split, each at least that long: enough work for a large machine, the same on every
-// one.
+// With fewer tiles than that, keys are split, each part at least that long: enough work for a large machine, and the
+// same on every one.
 constexpr int64_t PARALLEL = 64, SPLIT_KEYS = 1024;
 constexpr int64_t tiles(int64_t q_len) { return (q_len + TILE - 1) / TILE; }
 

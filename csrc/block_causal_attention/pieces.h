@@ -76,8 +76,8 @@ static bool next(Pieces& p, int limit, Piece& piece) {
   return true;
 }
 
-// Where nothing is pending: `first` falls to the next key before `end` that is seen, and `last` rises to behind the keys
-// that are seen without a gap from there on, as far as that is within `limit` keys.
+// Where nothing is pending: `first` falls to the next key before `end` that is seen, and `last` rises to behind the
+// keys that are seen without a gap from there on, as far as that is within `limit` keys.
 static void upcoming(Pieces& p, int64_t end, int64_t limit, int64_t* first, int64_t* last) {
   for (int g = 0; g < p.groups; ++g) {
     const int32_t*& range = p.range[g];

@@ -297,7 +297,7 @@ inline vector<Problem> problems() {
     for (int64_t b = draw(0, 1) ? 1 : batch; b > 0; --b) p.sees.push_back(random_sees(int32_t(q_len), int32_t(k_len)));
     all.push_back(p);
   }
-  // In halves too, bfloat16 both ways, whichever of them this chip would take: the named ones in all, random ones in one.
+  // In halves too, bfloat16 both ways, whichever this chip would take: the named ones in all, random ones in one.
   for (size_t i = 0, n = all.size(), named = n - 48; i < n; ++i)
     for (int way = 0; way < 3; ++way) {
       if (i >= named && int(i % 3) != way) continue;

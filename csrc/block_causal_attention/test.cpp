@@ -156,8 +156,10 @@ double against_definition(const Problem& p, Inputs& in, Results& r, const char* 
   for (int order = 0; order < 3; ++order) {  // one alone may be lucky where few rows have large scores
     const vector<vector<float>> low = definition<float>(p, in, order * p.shape.dim / 3);
     for (int i = 0; i < 5; ++i)
-      for (size_t j = 0; j < exact[i].size(); ++j)
-        if (std::isfinite(exact[i][j])) unavoidable[i] = std::max(unavoidable[i], std::abs(rounded(low[i][j], dtype(i)) - exact[i][j]));
+      for (size_t j = 0; j < exact[i].size(); ++j) {
+        const double error = std::abs(rounded(low[i][j], dtype(i)) - exact[i][j]);
+        if (std::isfinite(exact[i][j])) unavoidable[i] = std::max(unavoidable[i], error);
+      }
   }
   for (int i = 0; i < 5; ++i) {
     const double used = excess(*r.all()[i], exact[i], unavoidable[i], dtype(i));

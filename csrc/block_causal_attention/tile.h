@@ -1,8 +1,8 @@
 #pragma once
 // What forward and backward share: a tile of query rows in the lanes of vectors.  Scores are kept transposed, (keys,
 // TILE): softmax is then vertical, K and V are read as they lie, an element broadcast at a time, and rows never meet.
-// "(n, TILE) in panels" is one (n, WIDTH) after the other: what a product reads then fills whole lines of the cache, and
-// lines of all its sets.
+// "(n, TILE) in panels" is one (n, WIDTH) after the other: what a product reads then fills whole lines of the cache,
+// and lines of all its sets.
 #include <type_traits>
 #include "block_causal_attention/pieces.h"
 #include "common/gemm.h"
@@ -93,7 +93,10 @@ static Span span(const Piece& piece, int lanes) {
   Span s;
   s.first = begin / WIDTH, s.count = (end + WIDTH - 1) / WIDTH - s.first;
   s.masked = begin % WIDTH != 0 || (end % WIDTH != 0 && end < lanes);
-  for (int v = 0; v < s.count; ++v) s.mask[v] = lanes_between(begin - (s.first + v) * WIDTH, end - (s.first + v) * WIDTH);
+  for (int v = 0; v < s.count; ++v) {
+    const int lane = (s.first + v) * WIDTH;
+    s.mask[v] = lanes_between(begin - lane, end - lane);
+  }
   return s;
 }
 
@@ -152,7 +155,7 @@ static inline void fetch(const T* row, int64_t dim) {
   for (int64_t d = 0; d < dim; d += 64 / int64_t(sizeof(T))) __builtin_prefetch(row + d);
 }
 
-// Row by row, for a sum over their elements.  Halves are made floats in `space`, and rows that are apart are copied there.
+// Row by row, for a sum over their elements.  Halves are made floats in `space`, rows that are apart are copied there.
 template <bool PAIRS, class T>
 static Factor rows_of(const T* from, int64_t stride, int rows, int64_t dim, float* space) {
   if constexpr (PAIRS) {

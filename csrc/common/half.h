@@ -1,6 +1,6 @@
 #pragma once
-// bfloat16 and float16 in memory, float in registers; and pairs of bfloat16, two to a 32-bit lane, for products that the
-// chip does two at a time.
+// bfloat16 and float16 in memory, float in registers; and pairs of bfloat16, two to a 32-bit lane, for products that
+// the chip does two at a time.
 #include <cstring>
 #include "common/vec.h"
 
@@ -56,10 +56,14 @@ static inline Halves from_float(bfloat16, Vec x) {
 
 #if defined(__AVX512F__)
 static inline Vec to_float(float16, Halves x) { return (Vec)_mm512_cvtph_ps((__m256i)x); }
-static inline Halves from_float(float16, Vec x) { return (Halves)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT); }
+static inline Halves from_float(float16, Vec x) {
+  return (Halves)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT);
+}
 #elif defined(__F16C__)
 static inline Vec to_float(float16, Halves x) { return (Vec)_mm256_cvtph_ps((__m128i)x); }
-static inline Halves from_float(float16, Vec x) { return (Halves)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT); }
+static inline Halves from_float(float16, Vec x) {
+  return (Halves)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT);
+}
 #else
 static inline Vec to_float(float16, Halves x) {
   const Words bits = widen(x), sign = (bits & 0x8000u) << 16;
