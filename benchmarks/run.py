@@ -153,7 +153,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("op", choices=OPS)
     parser.add_argument("--case", nargs="+", help="shapes (default: all of the device)")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--direction", nargs="+", choices=DIRECTIONS, default=list(DIRECTIONS), help="backward: with its forward")
+    parser.add_argument(
+        "--direction", nargs="+", choices=DIRECTIONS, default=list(DIRECTIONS), help="backward: with its forward"
+    )
     parser.add_argument("--peer", nargs="+", help="who takes part (default: everybody)")
     parser.add_argument("--threads", type=positive, default=torch.get_num_threads())
     parser.add_argument("--seconds", type=positive, default=4, help="of timing, per case, dtype and direction")
