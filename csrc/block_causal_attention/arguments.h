@@ -31,7 +31,6 @@ void expect_sizes(const char* name, const Tensor& x, std::initializer_list<int64
   expect(fine, name, tuple(want.begin(), want.size()), tuple(x.sizes().data(), x.dim()));
 }
 
-// Pointer to the elements of x, which are T; View<const T> of a tensor (B, H, N) of floats.
 template <class T, class Tensor>
 const T* elements(const char* name, const Tensor& x) {
   using Type = decltype(x.scalar_type());
@@ -40,6 +39,7 @@ const T* elements(const char* name, const Tensor& x) {
   return static_cast<const T*>(x.data_ptr());
 }
 
+// (B, H, N) of floats.
 template <class Tensor>
 View<const float> of_rows(const char* name, const Tensor& x, std::initializer_list<int64_t> want) {
   expect_sizes(name, x, want);

@@ -22,7 +22,6 @@ struct Call {
   const Problem& p;
   const Tables& t;
   Results& r;
-  Tensor& lse_low;
   Stored q, k, v, dout, out, dq, dk, dv;
   View<const float> dlse, lse, low;
   int64_t rows = p.shape.batch * p.shape.q_heads * p.shape.q_len;
@@ -30,10 +29,10 @@ struct Call {
   vector<int32_t> turns = vector<int32_t>(p.shape.batch * p.shape.q_heads * tiles(p.shape.q_len), 0);
 
   Call(const Problem& problem, const Tables& tables, Inputs& in, Results& results)
-      : p(problem), t(tables), r(results), lse_low(results.lse_low), q(in.q, p.shape.dtype), k(in.k, p.shape.dtype),
-        v(in.v, p.shape.dtype), dout(in.dout, p.shape.dtype), out(r.out, p.shape.dtype), dq(r.dq, p.shape.dtype),
-        dk(r.dk, p.shape.dtype), dv(r.dv, p.shape.dtype), dlse(in.dlse.view<const float>()),
-        lse(r.lse.view<const float>()), low(r.lse_low.view<const float>()) {
+      : p(problem), t(tables), r(results), q(in.q, p.shape.dtype), k(in.k, p.shape.dtype), v(in.v, p.shape.dtype),
+        dout(in.dout, p.shape.dtype), out(r.out, p.shape.dtype), dq(r.dq, p.shape.dtype), dk(r.dk, p.shape.dtype),
+        dv(r.dv, p.shape.dtype), dlse(in.dlse.view<const float>()), lse(r.lse.view<const float>()),
+        low(r.lse_low.view<const float>()) {
     const Shape& s = p.shape;
     parts.assign(MIRASOL_CALL(attention_splits, s) * rows * (s.value_dim + 2), NaN);
     shares.assign(rows * s.dim, NaN);

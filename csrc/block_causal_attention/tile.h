@@ -105,7 +105,7 @@ static Span span(const Piece& piece, int lanes) {
 template <bool PAIRS, class T>
 static void pack_transposed(const Lanes<const T>& from, int lanes, int64_t dim, float* to) {
   if constexpr (PAIRS) dim /= 2;
-  for (int r = 0; r < lanes; r += WIDTH) {
+  for (int r = 0; r < lanes; r += WIDTH)
     for (int64_t d = 0; d < dim; d += WIDTH) {
       const int n = least(WIDTH, dim - d);
       Vec x[WIDTH] = {};
@@ -120,7 +120,6 @@ static void pack_transposed(const Lanes<const T>& from, int lanes, int64_t dim, 
       for (int j = 0; j < WIDTH; ++j)
         if (j < n) store(to + r * dim + (d + j) * WIDTH, x[j]);
     }
-  }
 }
 
 // Calls each(lane, d, n, x) with elements [d, d + n) of the row of a lane of a transposed tile in panels, times its
@@ -148,7 +147,7 @@ struct Factor {
 };
 
 // Rows that do not follow each other in memory (heads interleaved) are each in a page of their own, where the hardware
-// fetches nothing ahead of time: 16 heads of 64, 51 -> 61 Gflop/s forward (EPYC Zen 3, one thread, NOTES 2026-11-25).
+// fetches nothing ahead of time: 16 heads of 64, 50 -> 61 Gflop/s forward (EPYC Zen 3, one thread, NOTES 2026-11-25).
 constexpr int AHEAD = 16;
 template <class T>
 static inline void fetch(const T* row, int64_t dim) {
