@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mirasol_kernels.token_learner import reference
-from mirasol_kernels.token_learner.op import OP
+from mirasol_kernels.token_learner.op import OP, fused
 from mirasol_kernels.token_learner.state import TokenLearnerState
 
 
@@ -46,8 +46,10 @@ def token_learner(
     several sources, positions and valid: Token Turing Machines, projects/token_turing/model.py of the same.
     """
     args = _checked("token_learner", sources, norm_weight, norm_bias, w1, b1, w2, b2, positions, valid, gelu, eps)
-    OP.select(args, backend)
-    return reference.token_learner_state(*args).value().to(args[0][0].dtype)
+    chosen = OP.select(args, backend)
+    if chosen is None:
+        return reference.token_learner_state(*args).value().to(args[0][0].dtype)
+    return fused(chosen, args, divide=True)[2].to(args[0][0].dtype)
 
 
 def token_learner_state(
@@ -72,8 +74,12 @@ def token_learner_state(
     """
     op = "token_learner_state"
     args = _checked(op, sources, norm_weight, norm_bias, w1, b1, w2, b2, positions, valid, gelu, eps)
-    OP.select(args, backend)
-    return reference.token_learner_state(*args)
+    chosen = OP.select(args, backend)
+    return (
+        reference.token_learner_state(*args)
+        if chosen is None
+        else TokenLearnerState(*fused(chosen, args, divide=False))
+    )
 
 
 def _checked(op, sources, norm_weight, norm_bias, w1, b1, w2, b2, positions, valid, gelu, eps) -> tuple:
