@@ -80,6 +80,13 @@ static inline void store_part(float* p, Vec x, int n) {
   for (int i = 0; i < n; ++i) p[i] = x[i];
 }
 
+static inline void zero(float* x, int64_t n) {
+  for (int64_t i = 0; i < n; i += WIDTH) store(x + i, Vec{});
+}
+
+static inline int64_t padded(int64_t n) { return (n + WIDTH - 1) / WIDTH * WIDTH; }
+static inline int least(int64_t a, int64_t b) { return int(a < b ? a : b); }
+
 static inline float sum(Vec x) {
   float total = 0;
   for (int i = 0; i < WIDTH; ++i) total += x[i];

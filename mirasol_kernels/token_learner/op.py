@@ -42,6 +42,15 @@ def _fake_bwd(
 OP = Op("token_learner", cases=f"{__package__}.cases", fwd=(FWD, _fake_fwd), bwd=(BWD, _fake_bwd))
 
 
+def _native(sources: tuple[Tensor, ...], norm_weight: Tensor, norm_bias: Tensor, w1: Tensor, *rest: Any) -> str | None:
+    if sources[0].dtype == torch.float64:
+        return "no float64"
+    return None if w1.numel() and rest[1].numel() else "at least one channel, hidden unit and learned token"
+
+
+OP.backend("native", "cpu", _native)
+
+
 def calls(backend: str) -> dict[str, Any]:
     return next(b.calls for b in OP.backends if b.name == backend)
 

@@ -1,0 +1,305 @@
+#pragma once
+// Backward recomputes the logits, exactly as forward made them.  An item is a few rows of the batch, or a part of the
+// tokens of one: it owns the gradients of its tokens, and adds its share of the weights' to the totals when the item
+// before it has added its own.  With G = sum of dz xhat over all tokens, xhat normalised, the rest is small: dw1 = G
+// norm_weight + db1 norm_bias, dnorm_weight = sum of w1 G over hidden units, dnorm_bias = w1 db1.
+#include <sched.h>
+#include "token_learner/tile.h"
+
+namespace mirasol::MIRASOL_ISA {
+
+using token_learner::Backward;
+
+constexpr int64_t ITEMS = 64;         // if there are tokens enough
+constexpr int64_t ITEM_TOKENS = 512;  // at least: a share of the weights' gradients is as much as they are themselves
+constexpr int64_t REST_CHANNELS = 64;
+
+struct Cut {
+  int64_t rows, parts;  // of the batch in an item; items for a row
+};
+
+static Cut cut(const Call& call) {
+  const int64_t n = tokens_of(call), tiles = tiles_of(call, Sizes(call));
+  if (n < ITEM_TOKENS) {
+    const int64_t enough = n ? (ITEM_TOKENS + n - 1) / n : call.batch, share = call.batch / ITEMS;
+    const int64_t rows = enough < share ? enough : share;
+    return {rows > 1 ? rows : 1, 1};
+  }
+  const int64_t most = n / ITEM_TOKENS, want = call.batch ? ITEMS / call.batch : 1;
+  const int64_t parts = most < want ? most : want;
+  return {1, parts <= 1 ? 1 : parts < tiles ? parts : tiles};
+}
+
+int64_t token_learner_backward_items(const Call& call) {
+  const Cut c = cut(call);
+  return (call.batch + c.rows - 1) / c.rows * c.parts;
+}
+
+struct Sums {  // over tokens: of the gradients of weights
+  float *w1;   // (h, row): dz times the normalised token
+  float *w2;   // (k, h): ds hidden
+  float *b1, *b2;
+};
+
+static Sums sums(const Call& call, float* at, int64_t* floats = nullptr) {
+  const Sizes size(call);
+  Space space{at};
+  const Sums s{space.take(call.h * size.row), space.take(call.k * size.h), space.take(size.h), space.take(size.k)};
+  if (floats) *floats = space.next - at;
+  return s;
+}
+
+int64_t token_learner_totals(const Call& call) {
+  int64_t floats;
+  sums(call, nullptr, &floats);
+  return floats;
+}
+
+struct BackwardSpace {
+  Tokens tokens;
+  float *hidden, *slope, *dz;      // (rows, h)
+  float *weights, *ds;             // (rows, k)
+  float* dx;                       // (rows, row)
+  float* dpooled_terms;            // (k / WIDTH, c, WIDTH), for the sum over channels
+  float* dpooled_rows;             // (c / WIDTH, k, WIDTH), for the sum over learned tokens
+  float *base, *dsum;              // (k): what is taken from logits; gradient of sum
+  float* sums;                     // token_learner_totals
+};
+
+static BackwardSpace backward_space(const Call& call, float* at, int64_t* floats = nullptr) {
+  const Sizes size(call);
+  Space space{at};
+  BackwardSpace s;
+  s.tokens = tokens(size, space);
+  s.hidden = space.take(size.rows * size.h), s.slope = space.take(size.rows * size.h);
+  s.dz = space.take(size.rows * size.h);
+  s.weights = space.take(size.rows * size.k), s.ds = space.take(size.rows * size.k);
+  s.dx = space.take(size.rows * size.row);
+  s.dpooled_terms = space.take(size.k * call.c), s.dpooled_rows = space.take(size.c * call.k);
+  s.base = space.take(size.k), s.dsum = space.take(size.k);
+  s.sums = space.take(token_learner_totals(call));
+  if (floats) *floats = space.next - at;
+  return s;
+}
+
+int64_t token_learner_backward_workspace(const Call& call) {
+  int64_t floats;
+  backward_space(call, nullptr, &floats);
+  return floats;
+}
+
+// What a row of the batch brings: the gradient of its weighted sum, both ways round.  T: of dpooled.
+// dsum = -(dpooled . pooled) is summed as x . dpooled will be: where one token has all the weight, and is what comes
+// out, its ds is 0 to the bit and not what two orders of summation leave.
+template <class T>
+static void bring(const Backward& g, const Sizes& size, int64_t batch, const BackwardSpace& s) {
+  const Call& call = g.call;
+  for (int64_t k = 0; k < size.k; k += WIDTH) {
+    const int rows = least(WIDTH, call.k - k);
+    Vec inverse{};
+    for (int i = 0; i < rows; ++i) {
+      const float sum = g.sum[batch * call.k + k + i], max = g.max[batch * call.k + k + i];
+      inverse[i] = !call.divide || sum == 0 ? 1 : 1 / sum;
+      s.base[k + i] = max == -__builtin_inff() ? 0 : max;
+    }
+    for (int i = rows; i < WIDTH; ++i) s.base[k + i] = 0;
+    for (int64_t c = 0; c < call.c; c += WIDTH) {
+      const int n = least(WIDTH, call.c - c);
+      Vec x[WIDTH] = {};
+      for (int i = 0; i < rows; ++i) {
+        const int64_t at = (batch * call.k + k + i) * call.c + c;
+        x[i] = load_part(static_cast<const T*>(g.dpooled) + at, n) * inverse[i];
+        store(s.dpooled_rows + c * call.k + (k + i) * WIDTH, x[i]);
+        if (call.divide) store(s.dx + i * size.row + c, load_part(static_cast<const T*>(g.pooled) + at, n));
+      }
+      transpose(x);
+      for (int j = 0; j < n; ++j) store(s.dpooled_terms + k * call.c + (c + j) * WIDTH, x[j]);
+    }
+    store(s.dsum + k, Vec{});
+    if (call.divide) product(rows, call.c, s.dx, size.row, s.dpooled_terms + k * call.c, WIDTH, s.ds, WIDTH);
+    for (int i = 0; i < rows; ++i)
+      s.dsum[k + i] = call.divide ? -s.ds[i * WIDTH + i] : g.dsum[batch * call.k + k + i];
+  }
+}
+
+// Logits become weights, and ds, so far x . dpooled, becomes the gradient of the logits.
+static void softmax_backward(const Sizes& size, const Prepared& p, int rows, const BackwardSpace& s, float* db2) {
+  for (int64_t k = 0; k < size.k; k += WIDTH) {
+    const Vec bias = load(p.b2 + k), base = load(s.base + k), dsum = load(s.dsum + k);
+    Vec total = load(db2 + k);
+    for (int r = 0; r < rows; ++r) {
+      const int64_t at = r * size.k + k;
+      const Vec weight = exp(load(s.weights + at) + bias - base);
+      const Vec ds = weight * (dsum + load(s.ds + at));
+      store(s.weights + at, weight), store(s.ds + at, ds);
+      total += ds;
+    }
+    store(db2 + k, total);
+  }
+}
+
+// The gradient of normalised tokens, in dx, becomes that of the tokens.
+static void normalise_backward(const Call& call, const Sizes& size, int rows, const Tokens& t, float* dx,
+                               int64_t dx_row) {
+  const float share = 1 / float(call.c);
+  for (int r = 0; r < rows; ++r) {
+    const float *const x = t.x + r * size.row, mean = t.mean[r], inverse = t.inverse[r];
+    float* const row = dx + r * dx_row;
+    Vec sums[2] = {}, products[2] = {};
+    for (int64_t c = 0; c < size.c; c += WIDTH) {
+      const int i = c / WIDTH % 2;
+      const Vec normed = (load(x + c) - mean) * inverse;
+      sums[i] += load(row + c), products[i] = fma(load(row + c), normed, products[i]);
+    }
+    const float level = sum(sums[0] + sums[1]) * share, along = sum(products[0] + products[1]) * share;
+    for (int64_t c = 0; c < size.c; c += WIDTH) {
+      const Vec normed = (load(x + c) - mean) * inverse;
+      store(row + c, (load(row + c) - level - normed * along) * inverse);
+    }
+  }
+}
+
+template <class T>
+static void backward_tile(const Backward& g, const Sizes& size, const Prepared& p, const Tile& tile,
+                          const BackwardSpace& s, bool first) {
+  const Call& call = g.call;
+  const Sums sum = sums(call, s.sums);
+  const int rows = tile.real;
+  T* const to = static_cast<T*>(g.dsources[tile.source]) +
+                (tile.batch * call.sources[tile.source].tokens + tile.token) * call.c;
+  if (rows) {
+    fetch<T>(call, tile, size, s.tokens);
+    logits(call, size, p, rows, s.tokens, s.hidden, s.slope, s.weights);
+    product(rows, call.c, s.tokens.x, size.row, s.dpooled_terms, size.k, s.ds, size.k);
+    softmax_backward(size, p, rows, s, sum.b2);
+    product_of_rows(rows, call.k, s.ds, size.k, p.w2_rows, size.h, s.dz);
+    for (int64_t h = 0; h < size.h; h += WIDTH) {
+      Vec total = load(sum.b1 + h);
+      for (int64_t at = h; at < rows * size.h; at += size.h) {
+        const Vec dz = load(s.dz + at) * load(s.slope + at);
+        store(s.dz + at, dz);
+        total += dz;
+      }
+      store(sum.b1 + h, total);
+    }
+    gather(rows, call.k, s.ds, size.k, s.hidden, size.h, size.h, sum.w2, size.h, !first);
+    for (int64_t c = 0; c < size.c; c += DEPTH) {
+      const int n = least(DEPTH, size.c - c);
+      normalise(size, rows, s.tokens, c, n);
+      gather(rows, call.h, s.dz, size.h, s.tokens.block, BLOCK_ROW, n, sum.w1 + c, size.row, !first);
+    }
+    float* dx = s.dx;
+    int64_t dx_row = size.row;
+    if constexpr (sizeof(T) == sizeof(float))
+      if (call.c == size.c) dx = to, dx_row = call.c;
+    product(rows, call.h, s.dz, size.h, p.w1_rows, size.c, dx, dx_row);
+    normalise_backward(call, size, rows, s.tokens, dx, dx_row);
+    product(rows, call.k, s.weights, size.k, s.dpooled_rows, size.c, dx, dx_row, true);
+    if (static_cast<void*>(dx) != to)
+      for (int r = 0; r < rows; ++r)
+        for (int64_t c = 0; c < call.c; c += WIDTH)
+          store_part(to + r * call.c + c, load(dx + r * dx_row + c), least(WIDTH, call.c - c));
+  }
+  for (int64_t at = rows * call.c, end = tile.rows * call.c; at < end; at += WIDTH)
+    store_part(to + at, Vec{}, least(WIDTH, end - at));
+}
+
+template <class T>
+static void backward_item(const Backward& g, int64_t item, const BackwardSpace& s) {
+  const Call& call = g.call;
+  const Sizes size(call);
+  const Prepared p = prepared(call, call.prepared);
+  const Cut c = cut(call);
+  const Sums mine = sums(call, s.sums), total = sums(call, g.totals);
+  zero(mine.b1, size.h), zero(mine.b2, size.k);
+  bool first = true;
+  const int64_t tiles = tiles_of(call, size), begin = item / c.parts * c.rows, part = item % c.parts;
+  for (int64_t batch = begin; batch < begin + c.rows && batch < call.batch; ++batch) {
+    call.divide ? bring<T>(g, size, batch, s) : bring<float>(g, size, batch, s);
+    for_tiles(call, size, batch, part * tiles / c.parts, (part + 1) * tiles / c.parts, [&](const Tile& tile) {
+      backward_tile<T>(g, size, p, tile, s, first);
+      if (tile.real) first = false;
+    });
+  }
+  while (__atomic_load_n(g.turn, __ATOMIC_ACQUIRE) != item) sched_yield();
+  if (!first) {
+    const auto add = [](float* to, const float* from, int64_t n) {
+      for (int64_t i = 0; i < n; i += WIDTH) store(to + i, load(to + i) + load(from + i));
+    };
+    for (int64_t h = 0; h < call.h; ++h) add(total.w1 + h * size.row, mine.w1 + h * size.row, size.c);
+    add(total.w2, mine.w2, call.k * size.h), add(total.b1, mine.b1, size.h), add(total.b2, mine.b2, size.k);
+  }
+  __atomic_store_n(g.turn, int32_t(item + 1), __ATOMIC_RELEASE);
+}
+
+void token_learner_backward(const Backward& g, float* workspace, int64_t begin, int64_t end) {
+  const BackwardSpace space = backward_space(g.call, workspace);
+  for_dtype(g.call, [&](auto type) {
+    for (int64_t item = begin; item < end; ++item) backward_item<decltype(type)>(g, item, space);
+  });
+}
+
+static int64_t channel_items(const Call& call) { return (call.c + REST_CHANNELS - 1) / REST_CHANNELS; }
+
+int64_t token_learner_backward_rest_items(const Call& call) { return channel_items(call) + tiles_of(call, Sizes(call)); }
+
+// Of w1 and the norm, for some channels; with the first ones also what has no channels.
+template <class T>
+static void backward_weights(const Backward& g, int64_t begin, int64_t end) {
+  const Call& call = g.call;
+  const Sizes size(call);
+  const Sums total = sums(call, g.totals);
+  const auto in = [](const void* x) { return static_cast<const T*>(x); };
+  T* const* const out = reinterpret_cast<T* const*>(g.dweights);
+  for (int64_t c = begin; c < end; c += WIDTH) {
+    const int n = least(WIDTH, call.c - c);
+    const Vec weight = load_part(in(call.weights.norm_weight) + c, n);
+    const Vec bias = load_part(in(call.weights.norm_bias) + c, n);
+    Vec dweight{}, dbias{};
+    for (int64_t h = 0; h < call.h; ++h) {
+      const Vec w1 = load_part(in(call.weights.w1) + h * call.c + c, n), sum = load(total.w1 + h * size.row + c);
+      const Vec db1 = broadcast(total.b1[h]);
+      dweight = fma(w1, sum, dweight), dbias = fma(w1, db1, dbias);
+      store_part(out[2] + h * call.c + c, fma(sum, weight, db1 * bias), n);
+    }
+    store_part(out[0] + c, dweight, n), store_part(out[1] + c, dbias, n);
+  }
+  if (begin) return;
+  const auto copy = [](const float* from, int64_t count, T* to) {
+    for (int64_t i = 0; i < count; i += WIDTH) store_part(to + i, load(from + i), least(WIDTH, count - i));
+  };
+  for (int64_t k = 0; k < call.k; ++k) copy(total.w2 + k * size.h, call.h, out[4] + k * call.h);
+  copy(total.b1, call.h, out[3]), copy(total.b2, call.k, out[5]);
+}
+
+// Of the table of a tile of tokens: the sum over the batch.
+template <class T>
+static void backward_table(const Backward& g, const Tile& tile) {
+  const Call& call = g.call;
+  T* const to = static_cast<T*>(g.dtables[tile.source]);
+  if (!to) return;
+  const T* const from = static_cast<const T*>(g.dsources[tile.source]);
+  const int64_t n = call.sources[tile.source].tokens * call.c;
+  for (int64_t at = tile.token * call.c, end = at + tile.rows * call.c; at < end; at += WIDTH) {
+    Vec total{};
+    for (int64_t b = 0; b < call.batch; ++b) total += load_part(from + b * n + at, least(WIDTH, end - at));
+    store_part(to + at, total, least(WIDTH, end - at));
+  }
+}
+
+void token_learner_backward_rest(const Backward& g, int64_t begin, int64_t end) {
+  Call call = g.call;
+  call.valid = nullptr;  // tiles of tables: all tokens
+  const Sizes size(call);
+  for_dtype(call, [&](auto type) {
+    using T = decltype(type);
+    const int64_t weights = channel_items(call);
+    int64_t item = begin;
+    for (; item < end && item < weights; ++item)
+      backward_weights<T>(g, item * REST_CHANNELS, least((item + 1) * REST_CHANNELS, call.c));
+    if (item < end)
+      for_tiles(call, size, 0, item - weights, end - weights, [&](const Tile& tile) { backward_table<T>(g, tile); });
+  });
+}
+
+}  // namespace mirasol::MIRASOL_ISA

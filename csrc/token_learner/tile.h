@@ -1,0 +1,270 @@
+#pragma once
+// What forward and backward share: tiles of tokens and their logits.
+// A tile holds the raw tokens as floats, read from memory once.  Normalised tokens exist for some channels at a time, as
+// one factor of a product; LayerNorm's weight and bias are folded into w1 and b1.
+#include "common/gemm.h"
+#include "token_learner/gelu.h"
+#include "token_learner/kernel.h"
+
+namespace mirasol::MIRASOL_ISA {
+
+using token_learner::Call;
+using token_learner::Source;
+
+constexpr int64_t TILE_BYTES = 208 << 10;  // beside weights and sums a tile stays in a second-level cache
+constexpr int64_t DEPTH = 256;             // terms of a product at a time: its panels stay in a first-level cache
+constexpr int64_t BLOCK_ROW = DEPTH + 16;  // an odd number of cache lines, as is Sizes::row
+
+// Whole vectors of everything; rows of c are an odd number of cache lines apart, so that a column of them spreads over
+// all sets of a cache.
+struct Sizes {
+  int64_t c, h, k, row;
+  int rows;  // tokens of a tile, at most
+  explicit Sizes(const Call& call) : c(padded(call.c)), h(padded(call.h)), k(padded(call.k)) {
+    row = ((call.c + 15) / 16 | 1) * 16;
+    const int64_t fit = TILE_BYTES / (row * int64_t(sizeof(float))) / 8 * 8;
+    rows = int(fit < 16 ? 16 : fit > 128 ? 128 : fit);
+  }
+};
+
+// Hands out consecutive pieces of a workspace.
+struct Space {
+  float* next;
+  float* take(int64_t floats) {
+    float* const taken = next;
+    next += (floats + 15) / 16 * 16;
+    return taken;
+  }
+};
+
+static inline int64_t tiles_of(const Source& source, const Sizes& size) {
+  return (source.tokens + size.rows - 1) / size.rows;
+}
+
+static inline int64_t tiles_of(const Call& call, const Sizes& size) {  // of a row of the batch
+  int64_t tiles = 0;
+  for (int64_t i = 0; i < call.count; ++i) tiles += tiles_of(call.sources[i], size);
+  return tiles;
+}
+
+static inline int64_t tokens_of(const Call& call) {
+  int64_t tokens = 0;
+  for (int64_t i = 0; i < call.count; ++i) tokens += call.sources[i].tokens;
+  return tokens;
+}
+
+struct Tile {
+  int64_t source, batch, token;
+  int rows, real;  // tokens, and how many of them count
+};
+
+// Calls each(tile) for tiles [begin, end) of a row of the batch.
+template <class Each>
+static inline void for_tiles(const Call& call, const Sizes& size, int64_t batch, int64_t begin, int64_t end, Each each) {
+  int64_t before = 0;
+  for (int64_t i = 0; i < call.count; ++i) {
+    const int64_t n = call.sources[i].tokens, tiles = tiles_of(call.sources[i], size);
+    int64_t valid = call.valid ? call.valid[batch * call.count + i] : n;
+    valid = valid < 0 ? 0 : valid > n ? n : valid;
+    for (int64_t t = begin > before ? begin - before : 0; t < tiles && before + t < end; ++t) {
+      const int64_t first = t * n / tiles, last = (t + 1) * n / tiles;  // of nearly the same size
+      const int real = valid <= first ? 0 : least(last - first, valid - first);
+      each(Tile{i, batch, first, int(last - first), real});
+    }
+    before += tiles;
+  }
+}
+
+struct Prepared {
+  float* w1_terms;  // (h / WIDTH, c, WIDTH): w1 norm_weight, for the sum over channels
+  float* w1_rows;   // (c / WIDTH, h, WIDTH): the same, for the sum over hidden units
+  float* b1;        // (h) b1 + w1 norm_bias
+  float* w2_terms;  // (h, k)
+  float* w2_rows;   // (k, h)
+  float* b2;        // (k)
+};
+
+static Prepared prepared(const Call& call, float* at, int64_t* floats = nullptr) {
+  const Sizes size(call);
+  Space space{at};
+  Prepared p;
+  p.w1_terms = space.take(size.h * call.c), p.w1_rows = space.take(size.c * call.h), p.b1 = space.take(size.h);
+  p.w2_terms = space.take(call.h * size.k), p.w2_rows = space.take(call.k * size.h), p.b2 = space.take(size.k);
+  if (floats) *floats = space.next - at;
+  return p;
+}
+
+int64_t token_learner_prepared(const Call& call) {
+  int64_t floats;
+  prepared(call, nullptr, &floats);
+  return floats;
+}
+
+// Kernels are written once and compiled for each dtype.
+template <class Do>
+static inline void for_dtype(const Call& call, Do each) {
+  switch (call.dtype) {
+    case Dtype::float32: return each(float{});
+    case Dtype::float16: return each(float16{});
+    case Dtype::bfloat16: return each(bfloat16{});
+  }
+}
+
+int64_t token_learner_prepare_items(const Call& call) { return Sizes(call).h / WIDTH + 1; }
+
+// Hidden units [h, h + WIDTH) of w1.
+template <class T>
+static void prepare_w1(const Call& call, int64_t h) {
+  const Prepared p = prepared(call, call.prepared);
+  const T *w1 = static_cast<const T*>(call.weights.w1), *weight = static_cast<const T*>(call.weights.norm_weight);
+  const T *bias = static_cast<const T*>(call.weights.norm_bias), *b1 = static_cast<const T*>(call.weights.b1);
+  Vec moved[WIDTH] = {};
+  for (int64_t c = 0; c < call.c; c += WIDTH) {
+    const int n = least(WIDTH, call.c - c);
+    const Vec gamma = load_part(weight + c, n), beta = load_part(bias + c, n);
+    Vec x[WIDTH] = {};
+    for (int i = 0; i < WIDTH && h + i < call.h; ++i) {
+      x[i] = load_part(w1 + (h + i) * call.c + c, n);
+      moved[i] = fma(x[i], beta, moved[i]);
+      x[i] *= gamma;
+      store(p.w1_rows + c * call.h + (h + i) * WIDTH, x[i]);
+    }
+    transpose(x);
+    for (int j = 0; j < n; ++j) store(p.w1_terms + h * call.c + (c + j) * WIDTH, x[j]);
+  }
+  Vec sums{};
+  for (int i = 0; i < WIDTH; ++i) sums[i] = sum(moved[i]);
+  store(p.b1 + h, sums + load_part(b1 + h, least(WIDTH, call.h - h)));
+}
+
+template <class T>
+static void prepare_w2(const Call& call) {
+  const Prepared p = prepared(call, call.prepared);
+  const Sizes size(call);
+  const T *w2 = static_cast<const T*>(call.weights.w2), *b2 = static_cast<const T*>(call.weights.b2);
+  for (int64_t k = 0; k < call.k; k += WIDTH) {
+    for (int64_t h = 0; h < call.h; h += WIDTH) {
+      const int n = least(WIDTH, call.h - h);
+      Vec x[WIDTH] = {};
+      for (int i = 0; i < WIDTH && k + i < call.k; ++i) {
+        x[i] = load_part(w2 + (k + i) * call.h + h, n);
+        store(p.w2_rows + (k + i) * size.h + h, x[i]);
+      }
+      transpose(x);
+      for (int j = 0; j < n; ++j) store(p.w2_terms + (h + j) * size.k + k, x[j]);
+    }
+    store(p.b2 + k, load_part(b2 + k, least(WIDTH, call.k - k)));
+  }
+}
+
+void token_learner_prepare(const Call& call, int64_t begin, int64_t end) {
+  for_dtype(call, [&](auto type) {
+    for (int64_t item = begin; item < end; ++item)
+      if (item == 0) prepare_w2<decltype(type)>(call);
+      else prepare_w1<decltype(type)>(call, (item - 1) * WIDTH);
+  });
+}
+
+struct Tokens {  // of a tile
+  float* x;                 // (rows, row), zeros from c to the next whole vector
+  float *mean, *inverse;    // (rows): (x - mean) inverse is normalised
+  float* block;             // (rows, BLOCK_ROW): normalised, DEPTH channels
+};
+
+static Tokens tokens(const Sizes& size, Space& space) {
+  return {space.take(size.rows * size.row), space.take(size.rows), space.take(size.rows),
+          space.take(size.rows * BLOCK_ROW)};
+}
+
+template <class T>
+static void fetch(const Call& call, const Tile& tile, const Sizes& size, const Tokens& to) {
+  const Source& source = call.sources[tile.source];
+  const T* const x = static_cast<const T*>(source.data) + tile.batch * source.batch + tile.token * source.row;
+  const T* const table = source.table ? static_cast<const T*>(source.table) + tile.token * call.c : nullptr;
+  const Bits last = lanes_between(0, int(call.c - size.c + WIDTH));  // of the last vector
+  const int64_t whole = size.c - WIDTH;
+  constexpr int SUMS = 4;  // at a time: one alone would wait for each addition
+  for (int r = 0; r < tile.real; ++r) {
+    float* const row = to.x + r * size.row;
+    const auto total = [&](auto term) {  // sum of term(c)
+      Vec sums[SUMS] = {};
+      int64_t c = 0;
+      for (; c + (SUMS - 1) * WIDTH < whole; c += SUMS * WIDTH)
+#pragma GCC unroll 4
+        for (int i = 0; i < SUMS; ++i) sums[i] += term(c + i * WIDTH);
+      for (; c < whole; c += WIDTH) sums[0] += term(c);
+      sums[1] += keep(last, term(whole));
+      return sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    };
+    const float mean = total([&](int64_t c) {
+      const int n = least(WIDTH, call.c - c);
+      Vec value = load_part(x + r * source.row + c, n);
+      if (table) value += load_part(table + r * call.c + c, n);
+      store(row + c, value);
+      return value;
+    }) / float(call.c);
+    const float variance = total([&](int64_t c) {
+      const Vec centred = load(row + c) - mean;
+      return centred * centred;
+    }) / float(call.c);
+    to.mean[r] = mean, to.inverse[r] = 1 / __builtin_sqrtf(variance + call.eps);
+  }
+}
+
+// Normalised channels [c, c + n), n at most DEPTH, of all rows.
+static void normalise(const Sizes& size, int rows, const Tokens& t, int64_t c, int n) {
+  for (int r = 0; r < rows; ++r) {
+    const float *const from = t.x + r * size.row + c, mean = t.mean[r], inverse = t.inverse[r];
+    float* const to = t.block + r * BLOCK_ROW;
+    for (int i = 0; i < n; i += WIDTH) store(to + i, (load(from + i) - mean) * inverse);
+  }
+}
+
+// to (n, m) = A (n, terms) B, with B in panels (m / WIDTH, terms, WIDTH).
+static inline void product(int n, int64_t terms, const float* a, int64_t a_row, const float* panels, int64_t m, float* to,
+                           int64_t to_row, bool add = false) {
+  for (int64_t t = 0; t < terms; t += DEPTH)
+    gemm({.vectors = int(m / WIDTH), .n = n, .k = least(DEPTH, terms - t), .a = panels + t * WIDTH, .a_k = WIDTH,
+          .a_v = terms * WIDTH, .b = a + t, .b_n = a_row, .b_k = 1, .c = to, .c_n = to_row, .c_v = WIDTH,
+          .add = add || t > 0});
+}
+
+// The same with B as rows (terms, m), for few terms.
+static inline void product_of_rows(int n, int64_t terms, const float* a, int64_t a_row, const float* rows, int64_t m,
+                                   float* to) {
+  gemm({.vectors = int(m / WIDTH), .n = n, .k = int(terms), .a = rows, .a_k = m, .a_v = WIDTH, .b = a, .b_n = a_row,
+        .b_k = 1, .c = to, .c_n = m, .c_v = WIDTH});
+}
+
+// sum (n, m) += or = A^T B over the tokens, with A (tokens, n) and B (tokens, m).
+static inline void gather(int tokens, int64_t n, const float* a, int64_t a_row, const float* b, int64_t b_row, int64_t m,
+                          float* sum, int64_t sum_row, bool add) {
+  gemm({.vectors = int(m / WIDTH), .n = int(n), .k = tokens, .a = b, .a_k = b_row, .a_v = WIDTH, .b = a, .b_n = 1,
+        .b_k = a_row, .c = sum, .c_n = sum_row, .c_v = WIDTH, .add = add});
+}
+
+// hidden (rows, h), slopes of the GELU there if asked for, logits (rows, k) without b2.
+static void logits(const Call& call, const Sizes& size, const Prepared& p, int rows, const Tokens& x, float* hidden,
+                   float* slope, float* to) {
+  for (int64_t c = 0; c < call.c; c += DEPTH) {
+    const int n = least(DEPTH, call.c - c);
+    normalise(size, rows, x, c, n);
+    gemm({.vectors = int(size.h / WIDTH), .n = rows, .k = n, .a = p.w1_terms + c * WIDTH, .a_k = WIDTH,
+          .a_v = call.c * WIDTH, .b = x.block, .b_n = BLOCK_ROW, .b_k = 1, .c = hidden, .c_n = size.h, .c_v = WIDTH,
+          .add = c > 0});
+  }
+  const auto each = [&](auto gelu) {
+    for (int64_t h = 0; h < size.h; h += WIDTH) {
+      const Vec bias = load(p.b1 + h);
+      for (int64_t at = h; at < rows * size.h; at += size.h) {
+        Vec rise{};
+        store(hidden + at, gelu(load(hidden + at) + bias, slope ? &rise : nullptr));
+        if (slope) store(slope + at, rise);
+      }
+    }
+  };
+  call.erf ? each(gelu_erf) : each(gelu_tanh);
+  product_of_rows(rows, call.h, hidden, size.h, p.w2_terms, size.k, to);
+}
+
+}  // namespace mirasol::MIRASOL_ISA
