@@ -126,7 +126,7 @@ static void bring(const Backward& g, const Sizes& size, int64_t batch, const Bac
 static void softmax_backward(const Sizes& size, const Prepared& p, int rows, const BackwardSpace& s, float* db2) {
   for (int64_t k = 0; k < size.k; k += WIDTH) {
     const Vec bias = load(p.b2 + k), base = load(s.base + k), dsum = load(s.dsum + k);
-    Vec total = load(db2 + k);
+    Vec total{};
     for (int r = 0; r < rows; ++r) {
       const int64_t at = r * size.k + k;
       const Vec weight = exp(load(s.weights + at) + bias - base);
@@ -134,7 +134,7 @@ static void softmax_backward(const Sizes& size, const Prepared& p, int rows, con
       store(s.weights + at, weight), store(s.ds + at, ds);
       total += ds;
     }
-    store(db2 + k, total);
+    store(db2 + k, load(db2 + k) + total);
   }
 }
 
@@ -174,13 +174,13 @@ static void backward_tile(const Backward& g, const Sizes& size, const Prepared& 
     softmax_backward(size, p, rows, s, sum.b2);
     product_of_rows(rows, call.k, s.ds, size.k, p.w2_rows, size.h, s.dz);
     for (int64_t h = 0; h < size.h; h += WIDTH) {
-      Vec total = load(sum.b1 + h);
+      Vec total{};
       for (int64_t at = h; at < rows * size.h; at += size.h) {
         const Vec dz = load(s.dz + at) * load(s.slope + at);
         store(s.dz + at, dz);
         total += dz;
       }
-      store(sum.b1 + h, total);
+      store(sum.b1 + h, load(sum.b1 + h) + total);
     }
     gather(rows, call.k, s.ds, size.k, s.hidden, size.h, size.h, sum.w2, size.h, !first);
     for (int64_t c = 0; c < size.c; c += DEPTH) {
@@ -269,7 +269,10 @@ static void backward_weights(const Backward& g, int64_t begin, int64_t end) {
     for (int64_t i = 0; i < count; i += WIDTH) store_part(to + i, load(from + i), least(WIDTH, count - i));
   };
   for (int64_t k = 0; k < call.k; ++k) copy(total.w2 + k * size.h, call.h, out[4] + k * call.h);
-  copy(total.b1, call.h, out[3]), copy(total.b2, call.k, out[5]);
+  copy(total.b1, call.h, out[3]);
+  if (call.divide)  // finished tokens do not depend on b2: it is the same for all tokens of a softmax
+    for (int64_t k = 0; k < call.k; k += WIDTH) store_part(out[5] + k, Vec{}, least(WIDTH, call.k - k));
+  else copy(total.b2, call.k, out[5]);
 }
 
 // Of the table of a tile of tokens: the sum over the batch.

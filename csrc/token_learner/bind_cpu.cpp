@@ -73,7 +73,7 @@ struct Checked {
       const Tensor& x = a.sources[i];
       expect(x.scalar_type() == type && x.dim() == 3 && has(x, {batch, x.size(1), c}), "sources",
              "one dtype, batch and number of channels");
-      expect(x.stride(2) == 1, "sources", "stride 1 in the last dimension");
+      expect(x.stride(2) == 1 || c == 1, "sources", "stride 1 in the last dimension");
       const void* table = a.positions[i] ? memory("positions", *a.positions[i], type, {x.size(1), c}) : nullptr;
       sources.push_back({x.data_ptr(), x.size(1), x.stride(0), x.stride(1), table});
       tokens += double(batch) * x.size(1);

@@ -12,7 +12,7 @@ using token_learner::Call;
 using token_learner::Source;
 
 constexpr int64_t TILE_BYTES = 208 << 10;  // beside weights and sums a tile stays in a second-level cache
-constexpr int64_t DEPTH = 256;             // terms of a product at a time: its panels stay in a first-level cache
+constexpr int64_t DEPTH = 128;             // terms of a product at a time: its panels stay in a first-level cache
 constexpr int64_t BLOCK_ROW = DEPTH + 16;  // an odd number of cache lines, as is Sizes::row
 
 // Whole vectors of everything; rows of c are an odd number of cache lines apart, so that a column of them spreads over
@@ -176,6 +176,13 @@ static Tokens tokens(const Sizes& size, Space& space) {
           space.take(size.rows * BLOCK_ROW)};
 }
 
+// Tokens are of the dtype also where they are sums: then one that has all the weight comes out as it is.
+template <class T>
+static inline Vec rounded_to(Vec x) {
+  if constexpr (sizeof(T) == sizeof(float)) return x;
+  else return to_float(T{}, from_float(T{}, x));
+}
+
 template <class T>
 static void fetch(const Call& call, const Tile& tile, const Sizes& size, const Tokens& to) {
   const Source& source = call.sources[tile.source];
@@ -199,7 +206,7 @@ static void fetch(const Call& call, const Tile& tile, const Sizes& size, const T
     const float mean = total([&](int64_t c) {
       const int n = least(WIDTH, call.c - c);
       Vec value = load_part(x + r * source.row + c, n);
-      if (table) value += load_part(table + r * call.c + c, n);
+      if (table) value = rounded_to<T>(value + load_part(table + r * call.c + c, n));
       store(row + c, value);
       return value;
     }) / float(call.c);
