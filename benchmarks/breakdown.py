@@ -5,7 +5,8 @@ python -m benchmarks.breakdown [--preset small] [--frames 64 256] [--combiner cu
 Times are an operation's own, as torch's profiler has them, mean of a few steps after a warm one; the optimizer is left
 out.
 "Fused" says what one pass each for norm + residual and for bias + GELU could save of a step at the very most: the time
-of those operations now, less what the fused ones have to move at the machine's copy rate.
+of those operations now, less what the fused ones have to move at the machine's copy rate (below zero: they run in a
+cache that is faster than that).
 """
 
 from __future__ import annotations
