@@ -298,7 +298,8 @@ double check(const Problem& p) {
   for (int threads : {2, 7}) {
     const Results<double> other = on_cpu(p, in, threads);
     for (size_t i = 0; i < got.size(); ++i) {
-      const bool same = std::memcmp(got[i].data(), other[i].data(), got[i].size() * sizeof(double)) == 0;
+      const auto &a = got[i], &b = other[i];
+      const bool same = a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(double)) == 0;
       expect(same, p, std::to_string(threads) + " threads change result " + std::to_string(i));
     }
   }
