@@ -62,7 +62,7 @@ struct BackwardSpace {
   float* dx;                       // (rows, row)
   float* dpooled_terms;            // (k / WIDTH, c, WIDTH), for the sum over channels
   float* dpooled_rows;             // (c / WIDTH, k, WIDTH), for the sum over learned tokens
-  float *base, *dsum;              // (k): what is taken from logits; gradient of sum
+  float *base, *share, *dsum;      // (k): what is taken from logits; 1 / sum, or 1; gradient of sum
   float* sums;                     // token_learner_totals
 };
 
@@ -76,7 +76,7 @@ static BackwardSpace backward_space(const Call& call, float* at, int64_t* floats
   s.weights = space.take(size.rows * size.k), s.ds = space.take(size.rows * size.k);
   s.dx = space.take(size.rows * size.row);
   s.dpooled_terms = space.take(size.k * call.c), s.dpooled_rows = space.take(size.c * call.k);
-  s.base = space.take(size.k), s.dsum = space.take(size.k);
+  s.base = space.take(size.k), s.share = space.take(size.k), s.dsum = space.take(size.k);
   s.sums = space.take(token_learner_totals(call));
   if (floats) *floats = space.next - at;
   return s;
@@ -88,48 +88,45 @@ int64_t token_learner_backward_workspace(const Call& call) {
   return floats;
 }
 
-// What a row of the batch brings: the gradient of its weighted sum, both ways round.  T: of dpooled.
+// What a row of the batch brings: the gradient of what it pools, both ways round.
 // dsum = -(dpooled . pooled) is summed as x . dpooled will be: where one token has all the weight, and is what comes
 // out, its ds is 0 to the bit and not what two orders of summation leave.
-template <class T>
+template <bool PAIRS>
 static void bring(const Backward& g, const Sizes& size, int64_t batch, const BackwardSpace& s) {
   const Call& call = g.call;
   for (int64_t k = 0; k < size.k; k += WIDTH) {
     const int rows = least(WIDTH, call.k - k);
-    Vec inverse{};
-    for (int i = 0; i < rows; ++i) {
-      const float sum = g.sum[batch * call.k + k + i], max = g.max[batch * call.k + k + i];
-      inverse[i] = !call.divide || sum == 0 ? 1 : 1 / sum;
-      s.base[k + i] = max == -__builtin_inff() ? 0 : max;
+    const int64_t first = batch * call.k + k;
+    for (int i = 0; i < WIDTH; ++i) {
+      s.base[k + i] = i >= rows || g.max[first + i] == -__builtin_inff() ? 0 : g.max[first + i];
+      s.share[k + i] = i >= rows ? 0 : !call.divide || g.sum[first + i] == 0 ? 1 : 1 / g.sum[first + i];
     }
-    for (int i = rows; i < WIDTH; ++i) s.base[k + i] = 0;
     for (int64_t c = 0; c < call.c; c += WIDTH) {
       const int n = least(WIDTH, call.c - c);
       Vec x[WIDTH] = {};
-      for (int i = 0; i < rows; ++i) {
-        const int64_t at = (batch * call.k + k + i) * call.c + c;
-        x[i] = load_part(static_cast<const T*>(g.dpooled) + at, n) * inverse[i];
-        store(s.dpooled_rows + c * call.k + (k + i) * WIDTH, x[i]);
-        if (call.divide) store(s.dx + i * size.row + c, load_part(static_cast<const T*>(g.pooled) + at, n));
-      }
+      for (int i = 0; i < rows; ++i) x[i] = load_part(g.dpooled + (first + i) * call.c + c, n);
+      store_terms<PAIRS>(x, rows, s.dpooled_rows + c * terms<PAIRS>(call.k) + terms<PAIRS>(k) * WIDTH);
       transpose(x);
-      for (int j = 0; j < n; ++j) store(s.dpooled_terms + k * call.c + (c + j) * WIDTH, x[j]);
+      store_terms<PAIRS>(x, n, s.dpooled_terms + k * terms<PAIRS>(call.c) + terms<PAIRS>(c) * WIDTH);
     }
     store(s.dsum + k, Vec{});
-    if (call.divide) product(rows, call.c, s.dx, size.row, s.dpooled_terms + k * call.c, WIDTH, s.ds, WIDTH);
-    for (int i = 0; i < rows; ++i)
-      s.dsum[k + i] = call.divide ? -s.ds[i * WIDTH + i] : g.dsum[batch * call.k + k + i];
+    if (call.divide)
+      product_of_channels<PAIRS>(
+          call, rows,
+          [&](int r, int64_t c) { return load_part(g.pooled + (first + r) * call.c + c, least(WIDTH, call.c - c)); },
+          s.tokens.block, s.dpooled_terms + k * terms<PAIRS>(call.c), WIDTH, s.ds);
+    for (int i = 0; i < rows; ++i) s.dsum[k + i] = call.divide ? -s.ds[i * WIDTH + i] : g.dsum[first + i];
   }
 }
 
 // Logits become weights, and ds, so far x . dpooled, becomes the gradient of the logits.
 static void softmax_backward(const Sizes& size, const Prepared& p, int rows, const BackwardSpace& s, float* db2) {
   for (int64_t k = 0; k < size.k; k += WIDTH) {
-    const Vec bias = load(p.b2 + k), base = load(s.base + k), dsum = load(s.dsum + k);
+    const Vec bias = load(p.b2 + k), base = load(s.base + k), share = load(s.share + k), dsum = load(s.dsum + k);
     Vec total{};
     for (int r = 0; r < rows; ++r) {
       const int64_t at = r * size.k + k;
-      const Vec weight = exp(load(s.weights + at) + bias - base);
+      const Vec weight = exp(load(s.weights + at) + bias - base) * share;
       const Vec ds = weight * (dsum + load(s.ds + at));
       store(s.weights + at, weight), store(s.ds + at, ds);
       total += ds;
@@ -143,23 +140,20 @@ static void normalise_backward(const Call& call, const Sizes& size, int rows, co
                                int64_t dx_row) {
   const float share = 1 / float(call.c);
   for (int r = 0; r < rows; ++r) {
-    const float *const x = t.x + r * size.row, mean = t.mean[r], inverse = t.inverse[r];
     float* const row = dx + r * dx_row;
     Vec sums[2] = {}, products[2] = {};
     for (int64_t c = 0; c < size.c; c += WIDTH) {
       const int i = c / WIDTH % 2;
-      const Vec normed = (load(x + c) - mean) * inverse;
+      const Vec normed = normalised(size, t, r, c);
       sums[i] += load(row + c), products[i] = fma(load(row + c), normed, products[i]);
     }
     const float level = sum(sums[0] + sums[1]) * share, along = sum(products[0] + products[1]) * share;
-    for (int64_t c = 0; c < size.c; c += WIDTH) {
-      const Vec normed = (load(x + c) - mean) * inverse;
-      store(row + c, (load(row + c) - level - normed * along) * inverse);
-    }
+    for (int64_t c = 0; c < size.c; c += WIDTH)
+      store(row + c, (load(row + c) - level - normalised(size, t, r, c) * along) * t.inverse[r]);
   }
 }
 
-template <class T>
+template <class T, bool PAIRS>
 static void backward_tile(const Backward& g, const Sizes& size, const Prepared& p, const Tile& tile,
                           const BackwardSpace& s, bool first) {
   const Call& call = g.call;
@@ -169,8 +163,9 @@ static void backward_tile(const Backward& g, const Sizes& size, const Prepared& 
                 (tile.batch * call.sources[tile.source].tokens + tile.token) * call.c;
   if (rows) {
     fetch<T>(call, tile, size, s.tokens);
-    logits(call, size, p, rows, s.tokens, s.hidden, s.slope, s.weights);
-    product(rows, call.c, s.tokens.x, size.row, s.dpooled_terms, size.k, s.ds, size.k);
+    logits<PAIRS>(call, size, p, rows, s.tokens, s.hidden, s.slope, s.weights);
+    product_of_channels<PAIRS>(call, rows, [&](int r, int64_t c) { return load(s.tokens.x + r * size.row + c); },
+                               s.tokens.block, s.dpooled_terms, size.k, s.ds);
     softmax_backward(size, p, rows, s, sum.b2);
     product_of_rows(rows, call.k, s.ds, size.k, p.w2_rows, size.h, s.dz);
     for (int64_t h = 0; h < size.h; h += WIDTH) {
@@ -182,19 +177,28 @@ static void backward_tile(const Backward& g, const Sizes& size, const Prepared& 
       }
       store(sum.b1 + h, load(sum.b1 + h) + total);
     }
-    gather(rows, call.k, s.ds, size.k, s.hidden, size.h, size.h, sum.w2, size.h, !first);
+    gather<false>(rows, call.k, s.ds, size.k, s.hidden, size.h, size.h, sum.w2, size.h, !first);
+    const float* dz_rows = s.dz;
+    if constexpr (PAIRS) {
+      narrow_rows(s.dz, rows, size.h, size.h, s.slope), dz_rows = s.slope;
+      pair_rows(s.dz, rows, size.h, size.h);
+      narrow_rows(s.weights, rows, size.k, size.k, s.weights);
+    }
     for (int64_t c = 0; c < size.c; c += DEPTH) {
       const int n = least(DEPTH, size.c - c);
-      normalise(size, rows, s.tokens, c, n);
-      gather(rows, call.h, s.dz, size.h, s.tokens.block, BLOCK_ROW, n, sum.w1 + c, size.row, !first);
+      for (int r = 0; r < rows; ++r)
+        for (int i = 0; i < n; i += WIDTH)
+          store(s.tokens.block + r * BLOCK_ROW + i, normalised(size, s.tokens, r, c + i));
+      if constexpr (PAIRS) pair_rows(s.tokens.block, rows, BLOCK_ROW, n);
+      gather<PAIRS>(rows, call.h, s.dz, size.h, s.tokens.block, BLOCK_ROW, n, sum.w1 + c, size.row, !first);
     }
     float* dx = s.dx;
     int64_t dx_row = size.row;
     if constexpr (sizeof(T) == sizeof(float))
       if (call.c == size.c) dx = to, dx_row = call.c;
-    product(rows, call.h, s.dz, size.h, p.w1_rows, size.c, dx, dx_row);
+    product<PAIRS>(rows, terms<PAIRS>(call.h), dz_rows, size.h, p.w1_rows, size.c, dx, dx_row);
     normalise_backward(call, size, rows, s.tokens, dx, dx_row);
-    product(rows, call.k, s.weights, size.k, s.dpooled_rows, size.c, dx, dx_row, true);
+    product<PAIRS>(rows, terms<PAIRS>(call.k), s.weights, size.k, s.dpooled_rows, size.c, dx, dx_row, true);
     if (static_cast<void*>(dx) != to)
       for (int r = 0; r < rows; ++r)
         for (int64_t c = 0; c < call.c; c += WIDTH)
@@ -204,7 +208,7 @@ static void backward_tile(const Backward& g, const Sizes& size, const Prepared& 
     store_part(to + at, Vec{}, least(WIDTH, end - at));
 }
 
-template <class T>
+template <class T, bool PAIRS>
 static void backward_item(const Backward& g, int64_t item, const BackwardSpace& s) {
   const Call& call = g.call;
   const Sizes size(call);
@@ -215,9 +219,9 @@ static void backward_item(const Backward& g, int64_t item, const BackwardSpace& 
   bool first = true;
   const int64_t tiles = tiles_of(call, size), begin = item / c.parts * c.rows, part = item % c.parts;
   for (int64_t batch = begin; batch < begin + c.rows && batch < call.batch; ++batch) {
-    call.divide ? bring<T>(g, size, batch, s) : bring<float>(g, size, batch, s);
+    bring<PAIRS>(g, size, batch, s);
     for_tiles(call, size, batch, part * tiles / c.parts, (part + 1) * tiles / c.parts, [&](const Tile& tile) {
-      backward_tile<T>(g, size, p, tile, s, first);
+      backward_tile<T, PAIRS>(g, size, p, tile, s, first);
       if (tile.real) first = false;
     });
   }
@@ -234,8 +238,8 @@ static void backward_item(const Backward& g, int64_t item, const BackwardSpace& 
 
 void token_learner_backward(const Backward& g, float* workspace, int64_t begin, int64_t end) {
   const BackwardSpace space = backward_space(g.call, workspace);
-  for_dtype(g.call, [&](auto type) {
-    for (int64_t item = begin; item < end; ++item) backward_item<decltype(type)>(g, item, space);
+  for_dtype(g.call, [&](auto type, auto pairs) {
+    for (int64_t item = begin; item < end; ++item) backward_item<decltype(type), pairs>(g, item, space);
   });
 }
 
@@ -294,7 +298,7 @@ void token_learner_backward_rest(const Backward& g, int64_t begin, int64_t end) 
   Call call = g.call;
   call.valid = nullptr;  // tiles of tables: all tokens
   const Sizes size(call);
-  for_dtype(call, [&](auto type) {
+  for_dtype(call, [&](auto type, auto) {
     using T = decltype(type);
     const int64_t weights = channel_items(call);
     int64_t item = begin;

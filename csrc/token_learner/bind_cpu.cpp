@@ -87,13 +87,13 @@ struct Checked {
       call.valid = static_cast<const int64_t*>(memory("valid", *a.valid, Type::Long, {batch, call.count}));
     call.erf = a.erf, call.eps = float(a.eps), call.divide = a.divide;
     call.dtype = type == Type::Float ? Dtype::float32 : type == Type::Half ? Dtype::float16 : Dtype::bfloat16;
+    call.pairs = pairs_pay(call);
     prepared.reset(new float[MIRASOL_CALL(token_learner_prepared, call)]);
     call.prepared = prepared.get();
     multiply_adds = tokens * (double(c) * (h + k) + double(h) * k);
     run(MIRASOL_CALL(token_learner_prepare_items, call), 0, double(c) * h,
         [&](float*, int64_t begin, int64_t end) { MIRASOL_CALL(token_learner_prepare, call, begin, end); });
   }
-  Type of_pooled() const { return call.divide ? type : Type::Float; }
 };
 
 std::tuple<Tensor, Tensor, Tensor> forward(const std::vector<Tensor>& sources, const std::vector<Optional>& positions,
@@ -104,13 +104,10 @@ std::tuple<Tensor, Tensor, Tensor> forward(const std::vector<Tensor>& sources, c
   const Call& call = checked.call;
   const Tensor& like = sources[0];
   const Tensor max = new_empty(like, {call.batch, call.k}, Type::Float), sum = empty_like(max);
-  const Tensor pooled = new_empty(like, {call.batch, call.k, call.c}, checked.of_pooled());
+  const Tensor pooled = new_empty(like, {call.batch, call.k, call.c}, Type::Float);
   const auto turns = std::make_unique<int32_t[]>(call.batch);
-  Forward f{call, static_cast<float*>(max.data_ptr()), static_cast<float*>(sum.data_ptr()), pooled.data_ptr(),
-            static_cast<float*>(pooled.data_ptr()), turns.get()};
-  std::unique_ptr<float[]> partial;  // halves cannot hold what has still to grow
-  if (checked.of_pooled() != Type::Float && MIRASOL_CALL(token_learner_forward_parts, call) > 1)
-    partial.reset(new float[call.batch * call.k * call.c]), f.partial = partial.get();
+  const auto floats = [](const Tensor& x) { return static_cast<float*>(x.data_ptr()); };
+  const Forward f{call, floats(max), floats(sum), floats(pooled), turns.get()};
   run(MIRASOL_CALL(token_learner_forward_items, call), MIRASOL_CALL(token_learner_forward_workspace, call),
       checked.multiply_adds,
       [&](float* space, int64_t begin, int64_t end) { MIRASOL_CALL(token_learner_forward, f, space, begin, end); });
@@ -126,20 +123,15 @@ std::vector<Tensor> backward(const Tensor& dpooled, const Optional& dsum, const 
   const Call& call = checked.call;
   const int64_t batch = call.batch, k = call.k, c = call.c;
   expect(divide ? bool(pooled) : bool(dsum), "pooled, dsum", "pooled with `divide`, dsum without");
-  const auto floats = [&](const char* name, const Tensor& x) {
-    return static_cast<const float*>(memory(name, x, Type::Float, {batch, k}));
+  const auto floats = [&](const char* name, const Tensor& x, std::initializer_list<int64_t> sizes) {
+    return static_cast<const float*>(memory(name, x, Type::Float, sizes));
   };
-  Backward g{call,
-             memory("dpooled", dpooled, checked.of_pooled(), {batch, k, c}),
-             divide ? nullptr : floats("dsum", *dsum),
-             floats("max", max),
-             floats("sum", sum),
-             divide ? memory("pooled", *pooled, checked.type, {batch, k, c}) : nullptr,
-             nullptr,
-             nullptr,
-             {},
-             nullptr,
-             nullptr};
+  Backward g{};
+  g.call = call;
+  g.dpooled = floats("dpooled", dpooled, {batch, k, c});
+  g.max = floats("max", max, {batch, k}), g.sum = floats("sum", sum, {batch, k});
+  if (divide) g.pooled = floats("pooled", *pooled, {batch, k, c});
+  else g.dsum = floats("dsum", *dsum, {batch, k});
   std::vector<Tensor> results;
   std::vector<void*> dsources, dtables;
   const auto result = [&](const Tensor& like) {

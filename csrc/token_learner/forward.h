@@ -77,7 +77,6 @@ static void weigh(const Call& call, const Sizes& size, const Prepared& p, int ro
 }
 
 // The part's state joins that of the parts before it; the last one leaves the result.
-template <class Out>
 static void leave(const Forward& f, const Sizes& size, int64_t batch, int64_t part, int64_t parts, const Seen& seen) {
   const Call& call = f.call;
   int32_t* const turn = f.turns + batch;
@@ -93,15 +92,14 @@ static void leave(const Forward& f, const Sizes& size, int64_t batch, int64_t pa
     for (int64_t c = 0; c < call.c; c += WIDTH) {
       const int n = least(WIDTH, call.c - c);
       Vec x = seen.empty ? Vec{} : load(seen.sums + k * size.row + c) * keep_mine;
-      if (part) x = fma(load_part(f.partial + at * call.c + c, n), broadcast(keep_before), x);
-      if (last) store_part(static_cast<Out*>(f.pooled) + at * call.c + c, x / divisor, n);
-      else store_part(f.partial + at * call.c + c, x, n);
+      if (part) x = fma(load_part(f.pooled + at * call.c + c, n), broadcast(keep_before), x);
+      store_part(f.pooled + at * call.c + c, x / divisor, n);
     }
   }
   __atomic_store_n(turn, int32_t(part + 1), __ATOMIC_RELEASE);
 }
 
-template <class T>
+template <class T, bool PAIRS>
 static void forward_item(const Forward& f, int64_t item, ForwardSpace s) {
   const Call& call = f.call;
   const Sizes size(call);
@@ -112,19 +110,22 @@ static void forward_item(const Forward& f, int64_t item, ForwardSpace s) {
   for_tiles(call, size, batch, part * tiles / parts, (part + 1) * tiles / parts, [&](const Tile& tile) {
     if (!tile.real) return;
     fetch<T>(call, tile, size, s.tokens);
-    logits(call, size, p, tile.real, s.tokens, s.hidden, nullptr, s.weights);
+    logits<PAIRS>(call, size, p, tile.real, s.tokens, s.hidden, nullptr, s.weights);
     weigh(call, size, p, tile.real, s);
-    gather(tile.real, call.k, s.weights, size.k, s.tokens.x, size.row, size.c, s.seen.sums, size.row, !s.seen.empty);
+    if constexpr (PAIRS) {
+      pair_rows(s.weights, tile.real, size.k, size.k);
+      pair_rows(s.tokens.x, tile.real, size.row, size.c);
+    }
+    gather<PAIRS>(tile.real, call.k, s.weights, size.k, s.tokens.x, size.row, size.c, s.seen.sums, size.row, !s.seen.empty);
     s.seen.empty = false;
   });
-  if (call.divide) leave<T>(f, size, batch, part, parts, s.seen);
-  else leave<float>(f, size, batch, part, parts, s.seen);
+  leave(f, size, batch, part, parts, s.seen);
 }
 
 void token_learner_forward(const Forward& f, float* workspace, int64_t begin, int64_t end) {
   const ForwardSpace space = forward_space(f.call, workspace);
-  for_dtype(f.call, [&](auto type) {
-    for (int64_t item = begin; item < end; ++item) forward_item<decltype(type)>(f, item, space);
+  for_dtype(f.call, [&](auto type, auto pairs) {
+    for (int64_t item = begin; item < end; ++item) forward_item<decltype(type), pairs>(f, item, space);
   });
 }
 

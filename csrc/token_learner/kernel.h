@@ -29,25 +29,30 @@ struct Call {
   const int64_t* valid;  // (batch, count): how many leading tokens count, clamped; or none: all of them
   bool erf;              // which GELU
   float eps;
-  bool divide;      // leave finished tokens; else the state
+  bool divide;      // pooled: finished tokens; else the weighted sums of the state
   Dtype dtype;
+  // Large products of bfloat16 two terms at a time: what chips with VDPBF16PS are for, elsewhere slower.  For even c.
+  bool pairs;
   float* prepared;  // token_learner_prepared floats, shared by all threads
 };
+
+inline bool pairs_pay(const Call& call) {
+  return isa() == Isa::avx512bf16 && call.dtype == Dtype::bfloat16 && call.c % 2 == 0;
+}
 
 struct Forward {
   Call call;
   float *max, *sum;  // (batch, k)
-  void* pooled;      // (batch, k, c): in dtype with `divide`, else float
-  float* partial;    // (batch, k, c), where there are parts: the weighted sums so far; `pooled` itself where that is float
+  float* pooled;     // (batch, k, c)
   int32_t* turns;    // (batch), all zeros at the start
 };
 
 struct Backward {
   Call call;
-  const void* dpooled;  // like pooled
-  const float* dsum;    // (batch, k); none with `divide`
+  const float* dpooled;
+  const float* dsum;  // (batch, k); none with `divide`
   const float *max, *sum;
-  const void* pooled;     // none without `divide`
+  const float* pooled;    // none without `divide`
   void* const* dsources;  // (batch, tokens, c) each, contiguous
   void* const* dtables;   // none where there is no table
   void* dweights[6];      // in the order of Weights

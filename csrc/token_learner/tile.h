@@ -2,6 +2,9 @@
 // What forward and backward share: tiles of tokens and their logits.
 // A tile holds the raw tokens as floats, read from memory once.  Normalised tokens exist for some channels at a time, as
 // one factor of a product; LayerNorm's weight and bias are folded into w1 and b1.
+// With PAIRS the factors of the large products, those that have c or tokens times c on a side, are bfloat16, two terms of
+// the sum in 32 bits; the small ones between hidden units and learned tokens stay floats.
+#include <type_traits>
 #include "common/gemm.h"
 #include "token_learner/gelu.h"
 #include "token_learner/kernel.h"
@@ -14,6 +17,9 @@ using token_learner::Source;
 constexpr int64_t TILE_BYTES = 208 << 10;  // beside weights and sums a tile stays in a second-level cache
 constexpr int64_t DEPTH = 128;             // terms of a product at a time: its panels stay in a first-level cache
 constexpr int64_t BLOCK_ROW = DEPTH + 16;  // an odd number of cache lines, as is Sizes::row
+
+template <bool PAIRS>
+static constexpr int64_t terms(int64_t n) { return PAIRS ? (n + 1) / 2 : n; }
 
 // Whole vectors of everything; rows of c are an odd number of cache lines apart, so that a column of them spreads over
 // all sets of a cache.
@@ -100,41 +106,52 @@ int64_t token_learner_prepared(const Call& call) {
   return floats;
 }
 
-// Kernels are written once and compiled for each dtype.
+// Kernels are written once and compiled for each dtype: each(T{}, pairs).
 template <class Do>
 static inline void for_dtype(const Call& call, Do each) {
   switch (call.dtype) {
-    case Dtype::float32: return each(float{});
-    case Dtype::float16: return each(float16{});
-    case Dtype::bfloat16: return each(bfloat16{});
+    case Dtype::float32: return each(float{}, std::false_type{});
+    case Dtype::float16: return each(float16{}, std::false_type{});
+    case Dtype::bfloat16:
+      return call.pairs ? each(bfloat16{}, std::true_type{}) : each(bfloat16{}, std::false_type{});
+  }
+}
+
+// Vectors x[0 .. n) to `to`, one after the other; or half as many, of pairs (0 is the partner of an odd last one).
+template <bool PAIRS>
+static inline void store_terms(const Vec (&x)[WIDTH], int n, float* to) {
+  for (int i = 0; i < n; i += PAIRS ? 2 : 1, to += WIDTH) {
+    if constexpr (PAIRS) store(to, pair(x[i], x[i + 1]));
+    else store(to, x[i]);
   }
 }
 
 int64_t token_learner_prepare_items(const Call& call) { return Sizes(call).h / WIDTH + 1; }
 
 // Hidden units [h, h + WIDTH) of w1.
-template <class T>
+template <class T, bool PAIRS>
 static void prepare_w1(const Call& call, int64_t h) {
   const Prepared p = prepared(call, call.prepared);
   const T *w1 = static_cast<const T*>(call.weights.w1), *weight = static_cast<const T*>(call.weights.norm_weight);
   const T *bias = static_cast<const T*>(call.weights.norm_bias), *b1 = static_cast<const T*>(call.weights.b1);
+  const int rows = least(WIDTH, call.h - h);
   Vec moved[WIDTH] = {};
   for (int64_t c = 0; c < call.c; c += WIDTH) {
     const int n = least(WIDTH, call.c - c);
     const Vec gamma = load_part(weight + c, n), beta = load_part(bias + c, n);
     Vec x[WIDTH] = {};
-    for (int i = 0; i < WIDTH && h + i < call.h; ++i) {
+    for (int i = 0; i < rows; ++i) {
       x[i] = load_part(w1 + (h + i) * call.c + c, n);
       moved[i] = fma(x[i], beta, moved[i]);
       x[i] *= gamma;
-      store(p.w1_rows + c * call.h + (h + i) * WIDTH, x[i]);
     }
+    store_terms<PAIRS>(x, rows, p.w1_rows + c * terms<PAIRS>(call.h) + terms<PAIRS>(h) * WIDTH);
     transpose(x);
-    for (int j = 0; j < n; ++j) store(p.w1_terms + h * call.c + (c + j) * WIDTH, x[j]);
+    store_terms<PAIRS>(x, n, p.w1_terms + h * terms<PAIRS>(call.c) + terms<PAIRS>(c) * WIDTH);
   }
   Vec sums{};
   for (int i = 0; i < WIDTH; ++i) sums[i] = sum(moved[i]);
-  store(p.b1 + h, sums + load_part(b1 + h, least(WIDTH, call.h - h)));
+  store(p.b1 + h, sums + load_part(b1 + h, rows));
 }
 
 template <class T>
@@ -158,29 +175,22 @@ static void prepare_w2(const Call& call) {
 }
 
 void token_learner_prepare(const Call& call, int64_t begin, int64_t end) {
-  for_dtype(call, [&](auto type) {
+  for_dtype(call, [&](auto type, auto pairs) {
     for (int64_t item = begin; item < end; ++item)
       if (item == 0) prepare_w2<decltype(type)>(call);
-      else prepare_w1<decltype(type)>(call, (item - 1) * WIDTH);
+      else prepare_w1<decltype(type), pairs>(call, (item - 1) * WIDTH);
   });
 }
 
 struct Tokens {  // of a tile
   float* x;                 // (rows, row), zeros from c to the next whole vector
   float *mean, *inverse;    // (rows): (x - mean) inverse is normalised
-  float* block;             // (rows, BLOCK_ROW): normalised, DEPTH channels
+  float* block;             // (rows, BLOCK_ROW): of some channels, as a product wants them
 };
 
 static Tokens tokens(const Sizes& size, Space& space) {
   return {space.take(size.rows * size.row), space.take(size.rows), space.take(size.rows),
           space.take(size.rows * BLOCK_ROW)};
-}
-
-// Tokens are of the dtype also where they are sums: then one that has all the weight comes out as it is.
-template <class T>
-static inline Vec rounded_to(Vec x) {
-  if constexpr (sizeof(T) == sizeof(float)) return x;
-  else return to_float(T{}, from_float(T{}, x));
 }
 
 template <class T>
@@ -206,7 +216,7 @@ static void fetch(const Call& call, const Tile& tile, const Sizes& size, const T
     const float mean = total([&](int64_t c) {
       const int n = least(WIDTH, call.c - c);
       Vec value = load_part(x + r * source.row + c, n);
-      if (table) value = rounded_to<T>(value + load_part(table + r * call.c + c, n));
+      if (table) value += load_part(table + r * call.c + c, n);
       store(row + c, value);
       return value;
     }) / float(call.c);
@@ -218,48 +228,76 @@ static void fetch(const Call& call, const Tile& tile, const Sizes& size, const T
   }
 }
 
-// Normalised channels [c, c + n), n at most DEPTH, of all rows.
-static void normalise(const Sizes& size, int rows, const Tokens& t, int64_t c, int n) {
-  for (int r = 0; r < rows; ++r) {
-    const float *const from = t.x + r * size.row + c, mean = t.mean[r], inverse = t.inverse[r];
-    float* const to = t.block + r * BLOCK_ROW;
-    for (int i = 0; i < n; i += WIDTH) store(to + i, (load(from + i) - mean) * inverse);
-  }
+// Normalised channels [c, c + WIDTH) of a token.
+static inline Vec normalised(const Sizes& size, const Tokens& t, int token, int64_t c) {
+  return (load(t.x + token * size.row + c) - t.mean[token]) * t.inverse[token];
 }
 
-// to (n, m) = A (n, terms) B, with B in panels (m / WIDTH, terms, WIDTH).
+// Rows (rows, row) of floats, `columns` of them: as rows of bfloat16.  From and to may be the same.
+static inline void narrow_rows(const float* from, int rows, int64_t row, int64_t columns, float* to) {
+  for (int r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < columns; c += WIDTH)
+      store_halves(reinterpret_cast<uint16_t*>(to + r * row) + c, from_float(bfloat16{}, load(from + r * row + c)), WIDTH);
+}
+
+// Rows of floats 2 i and 2 i + 1 as pairs in row i, in place.
+static inline void pair_rows(float* x, int rows, int64_t row, int64_t columns) {
+  for (int r = 0; r < rows; r += 2)
+    for (int64_t c = 0; c < columns; c += WIDTH)
+      store(x + r / 2 * row + c, pair(load(x + r * row + c), r + 1 < rows ? load(x + (r + 1) * row + c) : Vec{}));
+}
+
+// to (n, m) = A (n, terms) B, with B in panels (m / WIDTH, terms, WIDTH).  With PAIRS the terms are pairs, of both.
+template <bool PAIRS>
 static inline void product(int n, int64_t terms, const float* a, int64_t a_row, const float* panels, int64_t m, float* to,
                            int64_t to_row, bool add = false) {
   for (int64_t t = 0; t < terms; t += DEPTH)
-    gemm({.vectors = int(m / WIDTH), .n = n, .k = least(DEPTH, terms - t), .a = panels + t * WIDTH, .a_k = WIDTH,
-          .a_v = terms * WIDTH, .b = a + t, .b_n = a_row, .b_k = 1, .c = to, .c_n = to_row, .c_v = WIDTH,
-          .add = add || t > 0});
+    gemm<PAIRS>({.vectors = int(m / WIDTH), .n = n, .k = least(DEPTH, terms - t), .a = panels + t * WIDTH, .a_k = WIDTH,
+                 .a_v = terms * WIDTH, .b = a + t, .b_n = a_row, .b_k = 1, .c = to, .c_n = to_row, .c_v = WIDTH,
+                 .add = add || t > 0});
 }
 
-// The same with B as rows (terms, m), for few terms.
+// to (rows, m) = X B over the channels, with B in panels (m / WIDTH, terms of c, WIDTH) and value(row, c) a vector of X.
+template <bool PAIRS, class Value>
+static inline void product_of_channels(const Call& call, int rows, Value value, float* block, const float* panels,
+                                       int64_t m, float* to) {
+  constexpr int64_t channels = PAIRS ? 2 * DEPTH : DEPTH;
+  for (int64_t c = 0; c < call.c; c += channels) {
+    const int n = least(channels, call.c - c);
+    for (int r = 0; r < rows; ++r)
+      for (int i = 0; i < n; i += WIDTH) {
+        const Vec x = value(r, c + i);
+        float* const at = block + r * BLOCK_ROW;
+        if constexpr (PAIRS) store_halves(reinterpret_cast<uint16_t*>(at) + i, from_float(bfloat16{}, x), WIDTH);
+        else store(at + i, x);
+      }
+    gemm<PAIRS>({.vectors = int(m / WIDTH), .n = rows, .k = int(terms<PAIRS>(n)), .a = panels + terms<PAIRS>(c) * WIDTH,
+                 .a_k = WIDTH, .a_v = terms<PAIRS>(call.c) * WIDTH, .b = block, .b_n = BLOCK_ROW, .b_k = 1, .c = to,
+                 .c_n = m, .c_v = WIDTH, .add = c > 0});
+  }
+}
+
+// to (n, m) = A (n, terms) B with B as rows (terms, m), for few terms.
 static inline void product_of_rows(int n, int64_t terms, const float* a, int64_t a_row, const float* rows, int64_t m,
                                    float* to) {
   gemm({.vectors = int(m / WIDTH), .n = n, .k = int(terms), .a = rows, .a_k = m, .a_v = WIDTH, .b = a, .b_n = a_row,
         .b_k = 1, .c = to, .c_n = m, .c_v = WIDTH});
 }
 
-// sum (n, m) += or = A^T B over the tokens, with A (tokens, n) and B (tokens, m).
+// sum (n, m) += or = A^T B over the tokens, or pairs of them, with A (tokens, n) and B (tokens, m).
+template <bool PAIRS>
 static inline void gather(int tokens, int64_t n, const float* a, int64_t a_row, const float* b, int64_t b_row, int64_t m,
                           float* sum, int64_t sum_row, bool add) {
-  gemm({.vectors = int(m / WIDTH), .n = int(n), .k = tokens, .a = b, .a_k = b_row, .a_v = WIDTH, .b = a, .b_n = 1,
-        .b_k = a_row, .c = sum, .c_n = sum_row, .c_v = WIDTH, .add = add});
+  gemm<PAIRS>({.vectors = int(m / WIDTH), .n = int(n), .k = int(terms<PAIRS>(tokens)), .a = b, .a_k = b_row,
+               .a_v = WIDTH, .b = a, .b_n = 1, .b_k = a_row, .c = sum, .c_n = sum_row, .c_v = WIDTH, .add = add});
 }
 
 // hidden (rows, h), slopes of the GELU there if asked for, logits (rows, k) without b2.
+template <bool PAIRS>
 static void logits(const Call& call, const Sizes& size, const Prepared& p, int rows, const Tokens& x, float* hidden,
                    float* slope, float* to) {
-  for (int64_t c = 0; c < call.c; c += DEPTH) {
-    const int n = least(DEPTH, call.c - c);
-    normalise(size, rows, x, c, n);
-    gemm({.vectors = int(size.h / WIDTH), .n = rows, .k = n, .a = p.w1_terms + c * WIDTH, .a_k = WIDTH,
-          .a_v = call.c * WIDTH, .b = x.block, .b_n = BLOCK_ROW, .b_k = 1, .c = hidden, .c_n = size.h, .c_v = WIDTH,
-          .add = c > 0});
-  }
+  product_of_channels<PAIRS>(call, rows, [&](int r, int64_t c) { return normalised(size, x, r, c); }, x.block,
+                             p.w1_terms, size.h, hidden);
   const auto each = [&](auto gelu) {
     for (int64_t h = 0; h < size.h; h += WIDTH) {
       const Vec bias = load(p.b1 + h);

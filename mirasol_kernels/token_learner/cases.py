@@ -60,7 +60,7 @@ PROBLEMS: dict[str, Problem] = {
     "parts": Problem((900, 20), batch=2, c=24, h=16, placed=True),
     "state": Problem((19, 8, 0), placed=True, state=True),
     "state_of_valid": Problem((16, 9), valid=((0, 0), (7, 3)), state=True),
-    "state_of_large_logits": Problem((40,), spread=1e4, state=True),
+    "state_of_large_logits": Problem((40,), spread=1e3, state=True),
 }
 
 
