@@ -67,7 +67,7 @@ def fused(backend: Backend, args: tuple, divide: bool) -> tuple[Tensor, ...]:
     # What kernels take: elements of a token side by side, everything small contiguous, tables (n, c), counts int64.
     sources = tuple(x if x.stride(2) == 1 else x.contiguous() for x in sources)
     positions = tuple(None if x is None else x.reshape(x.shape[-2:]).contiguous() for x in positions)
-    weights = [x.contiguous() for x in weights]
+    weights = [x if x.is_contiguous() else x.contiguous() for x in weights]
     valid = None if valid is None else valid.to(torch.int64).contiguous()
     tensors, rest = (*sources, *positions, *weights), (valid, gelu == "erf", float(eps), divide)
     function: type[Fused] = Fused
