@@ -121,17 +121,38 @@ static void decode_rows(const Shape& shape, float scale, Decoding& w, int row, i
   decode_values<R, 8 / R>(v, v_stride, keys, 0, shape.value_dim, weights, w.out + row * w.value_dim, w.value_dim);
 }
 
+// run(first row, how many), as many at once as go.
+template <class Run>
+static inline void few_at_once(int row, int rows, Run run) {
+  for (; rows >= AT_ONCE; row += AT_ONCE, rows -= AT_ONCE) run(row, std::integral_constant<int, AT_ONCE>{});
+  if (rows == 3) run(row, std::integral_constant<int, 3>{});
+  if (rows == 2) run(row, std::integral_constant<int, 2>{});
+  if (rows == 1) run(row, std::integral_constant<int, 1>{});
+}
+
 template <class T>
-static void decode_piece(const Shape& shape, float scale, Decoding& w, int row, int rows, int keys, const T* k,
-                         int64_t k_stride, const T* v, int64_t v_stride) {
-  const auto run = [&](auto count) {
-    decode_rows<count>(shape, scale, w, row, keys, k, k_stride, v, v_stride);
-    row += count, rows -= count;
-  };
-  while (rows >= AT_ONCE) run(std::integral_constant<int, AT_ONCE>{});
-  if (rows == 3) run(std::integral_constant<int, 3>{});
-  if (rows == 2) run(std::integral_constant<int, 2>{});
-  if (rows == 1) run(std::integral_constant<int, 1>{});
+static void decode_piece(const Shape& shape, float scale, Decoding& w, const Piece& piece, const T* k, int64_t k_stride,
+                         const T* v, int64_t v_stride) {
+  few_at_once(piece.row, piece.rows, [&](int row, auto rows) {
+    decode_rows<rows>(shape, scale, w, row, piece.keys, k, k_stride, v, v_stride);
+  });
+}
+
+// For backward: to (keys, TILE) = K Q^T with the bits of forward, of which lse was made.  Large ones in another order
+// of sums would give other weights: at 1e4 by parts of a thousand.
+template <class T>
+static void few_scores(const Piece& piece, const Span& s, const T* k, int64_t stride, int64_t dim, const float* q,
+                       float* to) {
+  alignas(64) float scores[AT_ONCE * DECODE_KEYS];
+  for (int key = 0; key < piece.keys; ++key) zero(to + key * TILE + s.first * WIDTH, s.count * WIDTH);
+  for (int key = 0; key < piece.keys; key += DECODE_KEYS) {
+    const int keys = least(DECODE_KEYS, piece.keys - key);
+    few_at_once(piece.row, piece.rows, [&](int row, auto rows) {
+      decode_scores<rows>(k + key * stride, stride, keys, dim, q + row * padded(dim), padded(dim), scores);
+      for (int r = 0; r < rows; ++r)
+        for (int i = 0; i < keys; ++i) to[(key + i) * TILE + row + r] = scores[r * DECODE_KEYS + i];
+    });
+  }
 }
 
 static int64_t decode_workspace(const Shape& shape) {
@@ -181,11 +202,11 @@ static void decode_tile(const Forward& f, const Tile& tile, int64_t split, int64
     const T* const k = at<const T>(f.k, tile.batch, tile.kv_head, piece.key);
     const T* const v = at<const T>(f.v, tile.batch, tile.kv_head, piece.key);
     if (piece.rows <= AT_ONCE) {
-      decode_piece(shape, scale, w, piece.row, piece.rows, piece.keys, k, f.k.row, v, f.v.row);
+      decode_piece(shape, scale, w, piece, k, f.k.row, v, f.v.row);
     } else {  // read more than once: as floats side by side, since rows that are apart share few sets of the cache
       const Factor x = rows_of<false>(k, f.k.row, piece.keys, shape.dim, w.k);
       const Factor y = rows_of<false>(v, f.v.row, piece.keys, shape.value_dim, w.v);
-      decode_piece(shape, scale, w, piece.row, piece.rows, piece.keys, x.data, x.row, y.data, y.row);
+      decode_piece(shape, scale, w, piece, x.data, x.row, y.data, y.row);
     }
   }
   for (int i = 0; i < lanes; ++i) decode_finish<T>(f, tile, i, w, split, splits);
