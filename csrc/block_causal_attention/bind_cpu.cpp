@@ -2,36 +2,25 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <algorithm>
-#include <atomic>
 #include <memory>
-#include <new>
 #include <tuple>
 #include "block_causal_attention/arguments.h"
+#include "common/run.h"
 
 using namespace torch::stable;
 using namespace mirasol::attention;
 
 namespace {
 
-constexpr std::align_val_t ALIGNMENT{64};
 constexpr auto single = torch::headeronly::ScalarType::Float;
-constexpr double LEAST_WORK = 1 << 19;  // multiply-adds for which waking another thread pays
 
-// Threads draw items from a counter and call each(workspace, begin, end): they are begun in ascending order, and no
-// thread idles while there are more.
 template <class Each>
-void run(int64_t items, int64_t workspace, double work, const Each& each) {
-  const auto threads = std::min<int64_t>(torch::stable::get_num_threads(), int64_t(work / LEAST_WORK) + 1);
-  const int64_t workers = std::min(items, threads);
-  std::atomic<int64_t> next{0};
-  const auto work_on = [&](int64_t, int64_t) {
-    const auto release = [](float* p) { ::operator delete(p, ALIGNMENT); };
-    std::unique_ptr<float, decltype(release)> space(
-        static_cast<float*>(::operator new(workspace * sizeof(float), ALIGNMENT)), release);
-    for (int64_t item; (item = next++) < items;) each(space.get(), item, item + 1);
+void run(int64_t items, int64_t workspace, double multiply_adds, const Each& each) {
+  const auto start = [](int64_t n, const auto& work) {
+    torch::stable::parallel_for(0, n, 1, [&](int64_t, int64_t) { work(); });
   };
-  if (workers == 1) work_on(0, 1);
-  else torch::stable::parallel_for(0, workers, 1, work_on);
+  const int64_t threads = mirasol::threads_for(multiply_adds, torch::stable::get_num_threads());
+  mirasol::share(start, threads, items, workspace, each);
 }
 
 // New, without torch's dispatcher, which takes 1.5 us of a small call for each tensor.
@@ -69,6 +58,7 @@ double multiply_adds(const Shape& s) {  // at most: as if every row saw every ke
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& q_offsets,
                                            const Tensor& k_ranges, double scale) {
   Forward f = forward_of(q, k, v, q_offsets, k_ranges, scale);
+  f.shape.pairs = pairs_pay(f.shape);
   const Shape& s = f.shape;
   Tensor out = empty(s.batch, s.q_heads, s.q_len, s.value_dim, rows_before_heads(q), torch_dtype(q));
   Tensor lse = empty_rows(s), lse_low = empty_rows(s);
@@ -99,6 +89,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dout, const Tensor& dl
                                             double scale) {
   Backward g = backward_of(dout, dlse, q, k, v, out, lse, lse_low, q_offsets, k_ranges, k_offsets, q_index, q_ranges,
                            scale);
+  g.shape.pairs = pairs_pay(g.shape);
   const Shape& s = g.shape;
   Tensor dq = gradient_of(q), dk = gradient_of(k), dv = gradient_of(v);
   g.dq = output(dq), g.dk = output(dk), g.dv = output(dv);

@@ -6,9 +6,9 @@
 #include <cstdint>
 #include <limits>
 #include <random>
-#include <thread>
 #include <vector>
 #include "common/dtype.h"
+#include "common/run.h"
 
 namespace mirasol::testing {
 
@@ -59,13 +59,13 @@ inline double excess(const vector<double>& got, const vector<double>& exact, dou
   return error == 0 ? 0 : error / (2 * unavoidable + 4 * ulp * largest);
 }
 
-// Threads for common/run.h: work() n times.
-template <class Work>
-void start(int64_t n, const Work& work) {
-  vector<std::thread> others;
-  for (int64_t i = 1; i < n; ++i) others.emplace_back(work);
-  if (n > 0) work();
-  for (std::thread& other : others) other.join();
+// common/run.h with NaN in every workspace.
+template <class Each>
+void run(int64_t threads, int64_t items, int64_t workspace, const Each& each) {
+  share(OwnThreads{}, threads, items, workspace, [&](float* space, int64_t begin, int64_t end) {
+    std::fill(space, space + workspace, NaN);
+    each(space, begin, end);
+  });
 }
 
 }  // namespace mirasol::testing

@@ -245,7 +245,9 @@ void token_learner_backward(const Backward& g, float* workspace, int64_t begin, 
 
 static int64_t channel_items(const Call& call) { return (call.c + REST_CHANNELS - 1) / REST_CHANNELS; }
 
-int64_t token_learner_backward_rest_items(const Call& call) { return channel_items(call) + tiles_of(call, Sizes(call)); }
+int64_t token_learner_backward_rest_items(const Call& call) {
+  return channel_items(call) + tiles_of(call, Sizes(call));
+}
 
 // Of w1 and the norm, for some channels; with the first ones also what has no channels.
 template <class T>

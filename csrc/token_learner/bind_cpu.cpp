@@ -16,14 +16,12 @@ using Optional = std::optional<Tensor>;
 
 namespace {
 
-constexpr double LEAST_WORK = 1 << 19;  // multiply-adds for which waking another thread pays
-
 template <class Each>
-void run(int64_t items, int64_t workspace, double work, const Each& each) {
-  const auto threads = std::min<int64_t>(torch::stable::get_num_threads(), int64_t(work / LEAST_WORK) + 1);
-  const auto start = [](int64_t n, const auto& body) {
-    torch::stable::parallel_for(0, n, 1, [&](int64_t, int64_t) { body(); });
+void run(int64_t items, int64_t workspace, double multiply_adds, const Each& each) {
+  const auto start = [](int64_t n, const auto& work) {
+    torch::stable::parallel_for(0, n, 1, [&](int64_t, int64_t) { work(); });
   };
+  const int64_t threads = mirasol::threads_for(multiply_adds, torch::stable::get_num_threads());
   mirasol::share(start, threads, items, workspace, each);
 }
 

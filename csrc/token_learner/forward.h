@@ -116,7 +116,8 @@ static void forward_item(const Forward& f, int64_t item, ForwardSpace s) {
       pair_rows(s.weights, tile.real, size.k, size.k);
       pair_rows(s.tokens.x, tile.real, size.row, size.c);
     }
-    gather<PAIRS>(tile.real, call.k, s.weights, size.k, s.tokens.x, size.row, size.c, s.seen.sums, size.row, !s.seen.empty);
+    gather<PAIRS>(tile.real, call.k, s.weights, size.k, s.tokens.x, size.row, size.c, s.seen.sums, size.row,
+                  !s.seen.empty);
     s.seen.empty = false;
   });
   leave(f, size, batch, part, parts, s.seen);

@@ -4,7 +4,6 @@
 #include <cstdlib>
 #include <cstring>
 #include <string>
-#include "common/run.h"
 #include "common/testing.h"
 #include "token_learner/kernel.h"
 
@@ -203,13 +202,6 @@ Results<Number> definition(const Problem& p, const Inputs& in, int64_t first = 0
 }
 
 Results<double> on_cpu(const Problem& p, Inputs& in, int threads) {
-  const auto run = [&](int64_t items, int64_t workspace, const auto& each) {
-    mirasol::share([](int64_t n, const auto& work) { start(n, work); }, threads, items, workspace,
-                   [&](float* space, int64_t begin, int64_t end) {
-                     std::fill(space, space + workspace, NaN);
-                     each(space, begin, end);
-                   });
-  };
   Call call{};
   call.batch = p.batch, call.c = p.c, call.h = p.h, call.k = p.k;
   vector<Source> sources;
@@ -223,14 +215,14 @@ Results<double> on_cpu(const Problem& p, Inputs& in, int threads) {
   call.erf = p.erf, call.eps = 1e-6f, call.divide = p.divide, call.dtype = p.dtype, call.pairs = p.pairs;
   vector<float> prepared(MIRASOL_CALL(token_learner_prepared, call), NaN);
   call.prepared = prepared.data();
-  run(MIRASOL_CALL(token_learner_prepare_items, call), 0,
+  run(threads, MIRASOL_CALL(token_learner_prepare_items, call), 0,
       [&](float*, int64_t begin, int64_t end) { MIRASOL_CALL(token_learner_prepare, call, begin, end); });
 
   const Dtype single = Dtype::float32;
   Tensor max(p.batch, p.k, single), sum(p.batch, p.k, single), pooled(p.batch * p.k, p.c, single);
   vector<int32_t> turns(p.batch, 0);
   const Forward f{call, max.floats(), sum.floats(), pooled.floats(), turns.data()};
-  run(MIRASOL_CALL(token_learner_forward_items, call), MIRASOL_CALL(token_learner_forward_workspace, call),
+  run(threads, MIRASOL_CALL(token_learner_forward_items, call), MIRASOL_CALL(token_learner_forward_workspace, call),
       [&](float* space, int64_t begin, int64_t end) { MIRASOL_CALL(token_learner_forward, f, space, begin, end); });
 
   vector<Tensor> results;
@@ -248,9 +240,9 @@ Results<double> on_cpu(const Problem& p, Inputs& in, int threads) {
   g.max = max.floats(), g.sum = sum.floats(), g.pooled = pooled.floats();
   g.dsources = dsources.data(), g.dtables = dtables.data(), g.totals = totals.data(), g.turn = &turn;
   for (int i = 0; i < 6; ++i) g.dweights[i] = results[2 * count + i].data();
-  run(MIRASOL_CALL(token_learner_backward_items, call), MIRASOL_CALL(token_learner_backward_workspace, call),
+  run(threads, MIRASOL_CALL(token_learner_backward_items, call), MIRASOL_CALL(token_learner_backward_workspace, call),
       [&](float* space, int64_t begin, int64_t end) { MIRASOL_CALL(token_learner_backward, g, space, begin, end); });
-  run(MIRASOL_CALL(token_learner_backward_rest_items, call), 0,
+  run(threads, MIRASOL_CALL(token_learner_backward_rest_items, call), 0,
       [&](float*, int64_t begin, int64_t end) { MIRASOL_CALL(token_learner_backward_rest, g, begin, end); });
 
   Results<double> all(2);

@@ -1,9 +1,9 @@
 #pragma once
 // What forward and backward share: tiles of tokens and their logits.
-// A tile holds the raw tokens as floats, read from memory once.  Normalised tokens exist for some channels at a time, as
-// one factor of a product; LayerNorm's weight and bias are folded into w1 and b1.
-// With PAIRS the factors of the large products, those that have c or tokens times c on a side, are bfloat16, two terms of
-// the sum in 32 bits; the small ones between hidden units and learned tokens stay floats.
+// A tile holds the raw tokens as floats, read from memory once.  Normalised tokens exist for some channels at a time,
+// as one factor of a product; LayerNorm's weight and bias are folded into w1 and b1.
+// With PAIRS the factors of the large products, those that have channels on a side, are bfloat16, two terms of the sum
+// in 32 bits; the small ones between hidden units and learned tokens stay floats.
 #include <type_traits>
 #include "common/gemm.h"
 #include "token_learner/gelu.h"
@@ -66,7 +66,8 @@ struct Tile {
 
 // Calls each(tile) for tiles [begin, end) of a row of the batch.
 template <class Each>
-static inline void for_tiles(const Call& call, const Sizes& size, int64_t batch, int64_t begin, int64_t end, Each each) {
+static inline void for_tiles(const Call& call, const Sizes& size, int64_t batch, int64_t begin, int64_t end,
+                             Each each) {
   int64_t before = 0;
   for (int64_t i = 0; i < call.count; ++i) {
     const int64_t n = call.sources[i].tokens, tiles = tiles_of(call.sources[i], size);
@@ -149,9 +150,7 @@ static void prepare_w1(const Call& call, int64_t h) {
     transpose(x);
     store_terms<PAIRS>(x, n, p.w1_terms + h * terms<PAIRS>(call.c) + terms<PAIRS>(c) * WIDTH);
   }
-  Vec sums{};
-  for (int i = 0; i < WIDTH; ++i) sums[i] = sum(moved[i]);
-  store(p.b1 + h, sums + load_part(b1 + h, rows));
+  store(p.b1 + h, sums(moved) + load_part(b1 + h, rows));
 }
 
 template <class T>
@@ -237,7 +236,7 @@ static inline Vec normalised(const Sizes& size, const Tokens& t, int token, int6
 static inline void narrow_rows(const float* from, int rows, int64_t row, int64_t columns, float* to) {
   for (int r = 0; r < rows; ++r)
     for (int64_t c = 0; c < columns; c += WIDTH)
-      store_halves(reinterpret_cast<uint16_t*>(to + r * row) + c, from_float(bfloat16{}, load(from + r * row + c)), WIDTH);
+      store_part(reinterpret_cast<bfloat16*>(to + r * row) + c, load(from + r * row + c), WIDTH);
 }
 
 // Rows of floats 2 i and 2 i + 1 as pairs in row i, in place.
@@ -249,15 +248,15 @@ static inline void pair_rows(float* x, int rows, int64_t row, int64_t columns) {
 
 // to (n, m) = A (n, terms) B, with B in panels (m / WIDTH, terms, WIDTH).  With PAIRS the terms are pairs, of both.
 template <bool PAIRS>
-static inline void product(int n, int64_t terms, const float* a, int64_t a_row, const float* panels, int64_t m, float* to,
-                           int64_t to_row, bool add = false) {
+static inline void product(int n, int64_t terms, const float* a, int64_t a_row, const float* panels, int64_t m,
+                           float* to, int64_t to_row, bool add = false) {
   for (int64_t t = 0; t < terms; t += DEPTH)
     gemm<PAIRS>({.vectors = int(m / WIDTH), .n = n, .k = least(DEPTH, terms - t), .a = panels + t * WIDTH, .a_k = WIDTH,
                  .a_v = terms * WIDTH, .b = a + t, .b_n = a_row, .b_k = 1, .c = to, .c_n = to_row, .c_v = WIDTH,
                  .add = add || t > 0});
 }
 
-// to (rows, m) = X B over the channels, with B in panels (m / WIDTH, terms of c, WIDTH) and value(row, c) a vector of X.
+// to (rows, m) = X B over the channels, with B in panels (m / WIDTH, terms of c, WIDTH); value(row, c): a vector of X.
 template <bool PAIRS, class Value>
 static inline void product_of_channels(const Call& call, int rows, Value value, float* block, const float* panels,
                                        int64_t m, float* to) {
@@ -268,7 +267,7 @@ static inline void product_of_channels(const Call& call, int rows, Value value, 
       for (int i = 0; i < n; i += WIDTH) {
         const Vec x = value(r, c + i);
         float* const at = block + r * BLOCK_ROW;
-        if constexpr (PAIRS) store_halves(reinterpret_cast<uint16_t*>(at) + i, from_float(bfloat16{}, x), WIDTH);
+        if constexpr (PAIRS) store_part(reinterpret_cast<bfloat16*>(at) + i, x, WIDTH);
         else store(at + i, x);
       }
     gemm<PAIRS>({.vectors = int(m / WIDTH), .n = rows, .k = int(terms<PAIRS>(n)), .a = panels + terms<PAIRS>(c) * WIDTH,
@@ -286,8 +285,8 @@ static inline void product_of_rows(int n, int64_t terms, const float* a, int64_t
 
 // sum (n, m) += or = A^T B over the tokens, or pairs of them, with A (tokens, n) and B (tokens, m).
 template <bool PAIRS>
-static inline void gather(int tokens, int64_t n, const float* a, int64_t a_row, const float* b, int64_t b_row, int64_t m,
-                          float* sum, int64_t sum_row, bool add) {
+static inline void gather(int tokens, int64_t n, const float* a, int64_t a_row, const float* b, int64_t b_row,
+                          int64_t m, float* sum, int64_t sum_row, bool add) {
   gemm<PAIRS>({.vectors = int(m / WIDTH), .n = int(n), .k = int(terms<PAIRS>(tokens)), .a = b, .a_k = b_row,
                .a_v = WIDTH, .b = a, .b_n = 1, .b_k = a_row, .c = sum, .c_n = sum_row, .c_v = WIDTH, .add = add});
 }
