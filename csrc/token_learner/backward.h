@@ -10,8 +10,7 @@ namespace mirasol::MIRASOL_ISA {
 
 using token_learner::Backward;
 
-constexpr int64_t ITEMS = 64;         // if there are tokens enough
-constexpr int64_t ITEM_TOKENS = 512;  // at least: a share of the weights' gradients is as much as they are themselves
+constexpr int64_t ITEM_TOKENS = 512;  // a share of the weights' gradients costs as much as they are themselves
 constexpr int64_t REST_CHANNELS = 64;
 
 struct Cut {
@@ -19,15 +18,11 @@ struct Cut {
 };
 
 static Cut cut(const Call& call) {
-  const int64_t n = tokens_of(call), tiles = tiles_of(call, Sizes(call));
-  if (n < ITEM_TOKENS) {
-    const int64_t enough = n ? (ITEM_TOKENS + n - 1) / n : call.batch, share = call.batch / ITEMS;
-    const int64_t rows = enough < share ? enough : share;
-    return {rows > 1 ? rows : 1, 1};
-  }
-  const int64_t most = n / ITEM_TOKENS, want = call.batch ? ITEMS / call.batch : 1;
-  const int64_t parts = most < want ? most : want;
-  return {1, parts <= 1 ? 1 : parts < tiles ? parts : tiles};
+  const int64_t n = tokens_of(call), parts = parts_of(call, ITEM_TOKENS);
+  if (parts > 1) return {1, parts};
+  const int64_t enough = n ? (ITEM_TOKENS + n - 1) / n : call.batch, share = call.batch / 64;
+  const int64_t rows = enough < share ? enough : share;
+  return {rows > 1 ? rows : 1, 1};
 }
 
 int64_t token_learner_backward_items(const Call& call) {
@@ -141,13 +136,18 @@ static void normalise_backward(const Call& call, const Sizes& size, int rows, co
   const float share = 1 / float(call.c);
   for (int r = 0; r < rows; ++r) {
     float* const row = dx + r * dx_row;
-    Vec sums[2] = {}, products[2] = {};
-    for (int64_t c = 0; c < size.c; c += WIDTH) {
-      const int i = c / WIDTH % 2;
-      const Vec normed = normalised(size, t, r, c);
-      sums[i] += load(row + c), products[i] = fma(load(row + c), normed, products[i]);
-    }
-    const float level = sum(sums[0] + sums[1]) * share, along = sum(products[0] + products[1]) * share;
+    Vec sums[4] = {}, products[4] = {};  // one of each would wait for every addition
+    const auto add = [&](int i, int64_t c) {
+      const Vec dxhat = load(row + c);
+      sums[i] += dxhat, products[i] = fma(dxhat, normalised(size, t, r, c), products[i]);
+    };
+    int64_t c = 0;
+    for (; c + 3 * WIDTH < size.c; c += 4 * WIDTH)
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) add(i, c + i * WIDTH);
+    for (; c < size.c; c += WIDTH) add(0, c);
+    const float level = sum((sums[0] + sums[1]) + (sums[2] + sums[3])) * share;
+    const float along = sum((products[0] + products[1]) + (products[2] + products[3])) * share;
     for (int64_t c = 0; c < size.c; c += WIDTH)
       store(row + c, (load(row + c) - level - normalised(size, t, r, c) * along) * t.inverse[r]);
   }
@@ -164,10 +164,12 @@ static void backward_tile(const Backward& g, const Sizes& size, const Prepared& 
   if (rows) {
     fetch<T>(call, tile, size, s.tokens);
     logits<PAIRS>(call, size, p, rows, s.tokens, s.hidden, s.slope, s.weights);
-    product_of_channels<PAIRS>(call, rows, [&](int r, int64_t c) { return load(s.tokens.x + r * size.row + c); },
-                               s.tokens.block, s.dpooled_terms, size.k, s.ds);
+    if constexpr (PAIRS)
+      product_of_channels<PAIRS>(call, rows, [&](int r, int64_t c) { return load(s.tokens.x + r * size.row + c); },
+                                 s.tokens.block, s.dpooled_terms, size.k, s.ds);
+    else product<PAIRS>(rows, call.c, depth_of(call.c), s.tokens.x, size.row, s.dpooled_terms, size.k, s.ds, size.k);
     softmax_backward(size, p, rows, s, sum.b2);
-    product_of_rows(rows, call.k, s.ds, size.k, p.w2_rows, size.h, s.dz);
+    product_of_rows(rows, call.k, call.k, s.ds, size.k, p.w2_rows, size.h, s.dz);
     for (int64_t h = 0; h < size.h; h += WIDTH) {
       Vec total{};
       for (int64_t at = h; at < rows * size.h; at += size.h) {
@@ -196,9 +198,9 @@ static void backward_tile(const Backward& g, const Sizes& size, const Prepared& 
     int64_t dx_row = size.row;
     if constexpr (sizeof(T) == sizeof(float))
       if (call.c == size.c) dx = to, dx_row = call.c;
-    product<PAIRS>(rows, terms<PAIRS>(call.h), dz_rows, size.h, p.w1_rows, size.c, dx, dx_row);
+    product<PAIRS>(rows, terms<PAIRS>(call.h), DEPTH, dz_rows, size.h, p.w1_rows, size.c, dx, dx_row);
     normalise_backward(call, size, rows, s.tokens, dx, dx_row);
-    product<PAIRS>(rows, terms<PAIRS>(call.k), s.weights, size.k, s.dpooled_rows, size.c, dx, dx_row, true);
+    product<PAIRS>(rows, terms<PAIRS>(call.k), DEPTH, s.weights, size.k, s.dpooled_rows, size.c, dx, dx_row, true);
     if (static_cast<void*>(dx) != to)
       for (int r = 0; r < rows; ++r)
         for (int64_t c = 0; c < call.c; c += WIDTH)

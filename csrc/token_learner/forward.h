@@ -8,16 +8,9 @@ namespace mirasol::MIRASOL_ISA {
 
 using token_learner::Forward;
 
-constexpr int64_t PARALLEL = 64;      // items, if there are tokens enough
-constexpr int64_t PART_TOKENS = 256;  // at least
+static int64_t forward_parts(const Call& call) { return parts_of(call, 256); }
 
-int64_t token_learner_forward_parts(const Call& call) {
-  const int64_t most = tokens_of(call) / PART_TOKENS, want = call.batch ? PARALLEL / call.batch : 1;
-  const int64_t parts = most < want ? most : want, tiles = tiles_of(call, Sizes(call));
-  return parts <= 1 ? 1 : parts < tiles ? parts : tiles;
-}
-
-int64_t token_learner_forward_items(const Call& call) { return call.batch * token_learner_forward_parts(call); }
+int64_t token_learner_forward_items(const Call& call) { return call.batch * forward_parts(call); }
 
 struct Seen {  // the state of the tokens so far
   float *top, *total;  // (k)
@@ -104,7 +97,7 @@ static void forward_item(const Forward& f, int64_t item, ForwardSpace s) {
   const Call& call = f.call;
   const Sizes size(call);
   const Prepared p = prepared(call, call.prepared);
-  const int64_t parts = token_learner_forward_parts(call), tiles = tiles_of(call, size);
+  const int64_t parts = forward_parts(call), tiles = tiles_of(call, size);
   const int64_t batch = item % call.batch, part = item / call.batch;  // first parts first: who waits, waits least
   s.seen.empty = true;
   for_tiles(call, size, batch, part * tiles / parts, (part + 1) * tiles / parts, [&](const Tile& tile) {

@@ -25,10 +25,10 @@ static inline Vec gelu_erf(Vec z, Vec* slope) {
 static inline Vec gelu_tanh(Vec z, Vec* slope) {
   constexpr float root = 0.797884561f, cubic = 0.044715f;
   const Vec square = z * z, twice = 2 * root * z * fma(square, broadcast(cubic), broadcast(1.0f));
-  const Vec area = 1.0f / (1.0f + exp(-max(twice, broadcast(-88.0f))));
-  if (slope) {
+  const Vec power = exp(-max(twice, broadcast(-88.0f))), area = 1.0f / (1.0f + power);
+  if (slope) {  // 1 - area is power * area, without the cancellation
     const Vec rise = 2 * root * fma(square, broadcast(3 * cubic), broadcast(1.0f));
-    *slope = fma(z * area * (1.0f - area), rise, area);
+    *slope = fma(z * area * (power * area), rise, area);
   }
   return z * area;
 }

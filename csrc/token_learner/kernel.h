@@ -67,12 +67,11 @@ struct Backward {
 // wait for lower ones to have added their share.
 //   forward   token_learner_prepare, then token_learner_forward
 //   backward  token_learner_prepare, token_learner_backward, token_learner_backward_rest
-// Each begins when the one before it has ended.  Parts: how many items share a row of the batch.
+// Each begins when the one before it has ended.
 MIRASOL_DECLARE(
     int64_t token_learner_prepared(const token_learner::Call&);
     int64_t token_learner_prepare_items(const token_learner::Call&);
     void token_learner_prepare(const token_learner::Call&, int64_t begin, int64_t end);
-    int64_t token_learner_forward_parts(const token_learner::Call&);
     int64_t token_learner_forward_items(const token_learner::Call&);
     int64_t token_learner_forward_workspace(const token_learner::Call&);
     void token_learner_forward(const token_learner::Forward&, float* workspace, int64_t begin, int64_t end);

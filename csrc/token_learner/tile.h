@@ -18,6 +18,13 @@ constexpr int64_t TILE_BYTES = 208 << 10;  // beside weights and sums a tile sta
 constexpr int64_t DEPTH = 128;             // terms of a product at a time: its panels stay in a first-level cache
 constexpr int64_t BLOCK_ROW = DEPTH + 16;  // an odd number of cache lines, as is Sizes::row
 
+// Of so many terms, how many to sum from zero before they join the rest: a short sum is summed in two halves, for its
+// rounding.
+static inline int64_t depth_of(int64_t terms) {
+  const int64_t half = (terms / 2 + 15) / 16 * 16;
+  return half < 16 ? 16 : half < DEPTH ? half : DEPTH;
+}
+
 template <bool PAIRS>
 static constexpr int64_t terms(int64_t n) { return PAIRS ? (n + 1) / 2 : n; }
 
@@ -57,6 +64,18 @@ static inline int64_t tokens_of(const Call& call) {
   int64_t tokens = 0;
   for (int64_t i = 0; i < call.count; ++i) tokens += call.sources[i].tokens;
   return tokens;
+}
+
+// Parts of a row of the batch, an item each: 64 items if each has `enough` tokens, and up to 8 already if it has 48,
+// for which what a part costs beyond its tokens is a tenth.
+static inline int64_t parts_of(const Call& call, int64_t enough) {
+  const auto fit = [&](int64_t items, int64_t least) {
+    const int64_t want = call.batch ? items / call.batch : 1, most = tokens_of(call) / least;
+    return want < most ? want : most;
+  };
+  const int64_t many = fit(64, enough), few = fit(8, 48), parts = many > few ? many : few;
+  const int64_t tiles = tiles_of(call, Sizes(call));
+  return parts <= 1 ? 1 : parts < tiles ? parts : tiles;
 }
 
 struct Tile {
@@ -192,6 +211,7 @@ static Tokens tokens(const Sizes& size, Space& space) {
           space.take(size.rows * BLOCK_ROW)};
 }
 
+// Two rows of a tile at a time: while the sum of one is on its way, the other has work to do.
 template <class T>
 static void fetch(const Call& call, const Tile& tile, const Sizes& size, const Tokens& to) {
   const Source& source = call.sources[tile.source];
@@ -200,30 +220,41 @@ static void fetch(const Call& call, const Tile& tile, const Sizes& size, const T
   const Bits last = lanes_between(0, int(call.c - size.c + WIDTH));  // of the last vector
   const int64_t whole = size.c - WIDTH;
   constexpr int SUMS = 4;  // at a time: one alone would wait for each addition
-  for (int r = 0; r < tile.real; ++r) {
-    float* const row = to.x + r * size.row;
-    const auto total = [&](auto term) {  // sum of term(c)
-      Vec sums[SUMS] = {};
-      int64_t c = 0;
-      for (; c + (SUMS - 1) * WIDTH < whole; c += SUMS * WIDTH)
+  // The mean over channels of what add(c, Vec{}) gives; add(c, sum) adds it to a sum.
+  const auto average = [&](auto add) {
+    Vec sums[SUMS] = {};
+    int64_t c = 0;
+    for (; c + (SUMS - 1) * WIDTH < whole; c += SUMS * WIDTH)
 #pragma GCC unroll 4
-        for (int i = 0; i < SUMS; ++i) sums[i] += term(c + i * WIDTH);
-      for (; c < whole; c += WIDTH) sums[0] += term(c);
-      sums[1] += keep(last, term(whole));
-      return sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
-    };
-    const float mean = total([&](int64_t c) {
+      for (int i = 0; i < SUMS; ++i) sums[i] = add(c + i * WIDTH, sums[i]);
+    for (; c < whole; c += WIDTH) sums[0] = add(c, sums[0]);
+    sums[1] += keep(last, add(whole, Vec{}));
+    return sum((sums[0] + sums[1]) + (sums[2] + sums[3])) / float(call.c);
+  };
+  const auto mean = [&](int r) {
+    float* const row = to.x + r * size.row;
+    to.mean[r] = average([&](int64_t c, Vec sum) {
       const int n = least(WIDTH, call.c - c);
       Vec value = load_part(x + r * source.row + c, n);
       if (table) value += load_part(table + r * call.c + c, n);
       store(row + c, value);
-      return value;
-    }) / float(call.c);
-    const float variance = total([&](int64_t c) {
+      return sum + value;
+    });
+  };
+  const auto inverse = [&](int r) {
+    const float *const row = to.x + r * size.row, mean = to.mean[r];
+    const float variance = average([&](int64_t c, Vec sum) {
       const Vec centred = load(row + c) - mean;
-      return centred * centred;
-    }) / float(call.c);
-    to.mean[r] = mean, to.inverse[r] = 1 / __builtin_sqrtf(variance + call.eps);
+      return fma(centred, centred, sum);
+    });
+    to.inverse[r] = 1 / __builtin_sqrtf(variance + call.eps);
+  };
+  for (int r = 0; r < tile.real; r += 2) {
+    const bool both = r + 1 < tile.real;
+    mean(r);
+    if (both) mean(r + 1);
+    inverse(r);
+    if (both) inverse(r + 1);
   }
 }
 
@@ -246,12 +277,13 @@ static inline void pair_rows(float* x, int rows, int64_t row, int64_t columns) {
       store(x + r / 2 * row + c, pair(load(x + r * row + c), r + 1 < rows ? load(x + (r + 1) * row + c) : Vec{}));
 }
 
-// to (n, m) = A (n, terms) B, with B in panels (m / WIDTH, terms, WIDTH).  With PAIRS the terms are pairs, of both.
+// to (n, m) = A (n, terms) B, with B in panels (m / WIDTH, terms, WIDTH), `depth` terms at a time; with PAIRS terms are
+// pairs, of both.
 template <bool PAIRS>
-static inline void product(int n, int64_t terms, const float* a, int64_t a_row, const float* panels, int64_t m,
-                           float* to, int64_t to_row, bool add = false) {
-  for (int64_t t = 0; t < terms; t += DEPTH)
-    gemm<PAIRS>({.vectors = int(m / WIDTH), .n = n, .k = least(DEPTH, terms - t), .a = panels + t * WIDTH, .a_k = WIDTH,
+static inline void product(int n, int64_t terms, int64_t depth, const float* a, int64_t a_row, const float* panels,
+                           int64_t m, float* to, int64_t to_row, bool add = false) {
+  for (int64_t t = 0; t < terms; t += depth)
+    gemm<PAIRS>({.vectors = int(m / WIDTH), .n = n, .k = least(depth, terms - t), .a = panels + t * WIDTH, .a_k = WIDTH,
                  .a_v = terms * WIDTH, .b = a + t, .b_n = a_row, .b_k = 1, .c = to, .c_n = to_row, .c_v = WIDTH,
                  .add = add || t > 0});
 }
@@ -260,7 +292,7 @@ static inline void product(int n, int64_t terms, const float* a, int64_t a_row, 
 template <bool PAIRS, class Value>
 static inline void product_of_channels(const Call& call, int rows, Value value, float* block, const float* panels,
                                        int64_t m, float* to) {
-  constexpr int64_t channels = PAIRS ? 2 * DEPTH : DEPTH;
+  const int64_t channels = (PAIRS ? 2 : 1) * depth_of(terms<PAIRS>(call.c));
   for (int64_t c = 0; c < call.c; c += channels) {
     const int n = least(channels, call.c - c);
     for (int r = 0; r < rows; ++r)
@@ -276,11 +308,12 @@ static inline void product_of_channels(const Call& call, int rows, Value value, 
   }
 }
 
-// to (n, m) = A (n, terms) B with B as rows (terms, m), for few terms.
-static inline void product_of_rows(int n, int64_t terms, const float* a, int64_t a_row, const float* rows, int64_t m,
-                                   float* to) {
-  gemm({.vectors = int(m / WIDTH), .n = n, .k = int(terms), .a = rows, .a_k = m, .a_v = WIDTH, .b = a, .b_n = a_row,
-        .b_k = 1, .c = to, .c_n = m, .c_v = WIDTH});
+// to (n, m) = A (n, terms) B with B as rows (terms, m): the small products.
+static inline void product_of_rows(int n, int64_t terms, int64_t depth, const float* a, int64_t a_row,
+                                   const float* rows, int64_t m, float* to) {
+  for (int64_t t = 0; t < terms; t += depth)
+    gemm({.vectors = int(m / WIDTH), .n = n, .k = least(depth, terms - t), .a = rows + t * m, .a_k = m, .a_v = WIDTH,
+          .b = a + t, .b_n = a_row, .b_k = 1, .c = to, .c_n = m, .c_v = WIDTH, .add = t > 0});
 }
 
 // sum (n, m) += or = A^T B over the tokens, or pairs of them, with A (tokens, n) and B (tokens, m).
@@ -308,7 +341,7 @@ static void logits(const Call& call, const Sizes& size, const Prepared& p, int r
     }
   };
   call.erf ? each(gelu_erf) : each(gelu_tanh);
-  product_of_rows(rows, call.h, hidden, size.h, p.w2_terms, size.k, to);
+  product_of_rows(rows, call.h, depth_of(call.h), hidden, size.h, p.w2_terms, size.k, to);
 }
 
 }  // namespace mirasol::MIRASOL_ISA
