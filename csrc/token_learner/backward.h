@@ -4,6 +4,7 @@
 // before it has added its own.  With G = sum of dz xhat over all tokens, xhat normalised, the rest is small: dw1 = G
 // norm_weight + db1 norm_bias, dnorm_weight = sum of w1 G over hidden units, dnorm_bias = w1 db1.
 #include <sched.h>
+#include <cstring>
 #include "token_learner/tile.h"
 
 namespace mirasol::MIRASOL_ISA {
@@ -52,11 +53,13 @@ int64_t token_learner_totals(const Call& call) {
 
 struct BackwardSpace {
   Tokens tokens;
-  float *hidden, *slope, *dz;      // (rows, h)
+  float *hidden, *slope, *z, *dz;  // (rows, h); z without b1
   float *weights, *ds;             // (rows, k)
   float* dx;                       // (rows, row)
   float* dpooled_terms;            // (k / WIDTH, c, WIDTH), for the sum over channels
-  float* dpooled_rows;             // (c / WIDTH, k, WIDTH), for the sum over learned tokens
+  float* both;                     // (rows, h + k): what the two products that end in a token sum over, side by side:
+                                   // dz inverse, weights
+  float* both_rows;                // (c / WIDTH, h + k, WIDTH), for that sum: w1 norm_weight, dpooled
   float *base, *share, *dsum;      // (k): what is taken from logits; 1 / sum, or 1; gradient of sum
   float* sums;                     // token_learner_totals
 };
@@ -67,10 +70,11 @@ static BackwardSpace backward_space(const Call& call, float* at, int64_t* floats
   BackwardSpace s;
   s.tokens = tokens(size, space);
   s.hidden = space.take(size.rows * size.h), s.slope = space.take(size.rows * size.h);
-  s.dz = space.take(size.rows * size.h);
+  s.z = space.take(size.rows * size.h), s.dz = space.take(size.rows * size.h);
   s.weights = space.take(size.rows * size.k), s.ds = space.take(size.rows * size.k);
   s.dx = space.take(size.rows * size.row);
-  s.dpooled_terms = space.take(size.k * call.c), s.dpooled_rows = space.take(size.c * call.k);
+  s.dpooled_terms = space.take(size.k * call.c);
+  s.both = space.take(size.rows * (size.h + size.k)), s.both_rows = space.take(size.c * (call.h + call.k + 2));
   s.base = space.take(size.k), s.share = space.take(size.k), s.dsum = space.take(size.k);
   s.sums = space.take(token_learner_totals(call));
   if (floats) *floats = space.next - at;
@@ -83,12 +87,16 @@ int64_t token_learner_backward_workspace(const Call& call) {
   return floats;
 }
 
+template <bool PAIRS>
+static inline int64_t terms_of_both(const Call& call) { return terms<PAIRS>(call.h) + terms<PAIRS>(call.k); }
+
 // What a row of the batch brings: the gradient of what it pools, both ways round.
 // dsum = -(dpooled . pooled) is summed as x . dpooled will be: where one token has all the weight, and is what comes
 // out, its ds is 0 to the bit and not what two orders of summation leave.
 template <bool PAIRS>
 static void bring(const Backward& g, const Sizes& size, int64_t batch, const BackwardSpace& s) {
   const Call& call = g.call;
+  float* const panels = s.both_rows + terms<PAIRS>(call.h) * WIDTH;
   for (int64_t k = 0; k < size.k; k += WIDTH) {
     const int rows = least(WIDTH, call.k - k);
     const int64_t first = batch * call.k + k;
@@ -100,7 +108,7 @@ static void bring(const Backward& g, const Sizes& size, int64_t batch, const Bac
       const int n = least(WIDTH, call.c - c);
       Vec x[WIDTH] = {};
       for (int i = 0; i < rows; ++i) x[i] = load_part(g.dpooled + (first + i) * call.c + c, n);
-      store_terms<PAIRS>(x, rows, s.dpooled_rows + c * terms<PAIRS>(call.k) + terms<PAIRS>(k) * WIDTH);
+      store_terms<PAIRS>(x, rows, panels + c * terms_of_both<PAIRS>(call) + terms<PAIRS>(k) * WIDTH);
       transpose(x);
       store_terms<PAIRS>(x, n, s.dpooled_terms + k * terms<PAIRS>(call.c) + terms<PAIRS>(c) * WIDTH);
     }
@@ -130,26 +138,44 @@ static void softmax_backward(const Sizes& size, const Prepared& p, int rows, con
   }
 }
 
-// The gradient of normalised tokens, in dx, becomes that of the tokens.
-static void normalise_backward(const Call& call, const Sizes& size, int rows, const Tokens& t, float* dx,
-                               int64_t dx_row) {
-  const float share = 1 / float(call.c);
+// Of LayerNorm: with d the gradient of a normalised token, dx = inverse (d - mean(d) - normalised mean(d normalised)).
+// Both means are known before d is, which is linear in dz: mean(d) = dz . w1_mean, mean(d normalised) = dz . z / c.
+// So d inverse and the sum of p dpooled are one product, which leaves this to be taken away, in one pass.
+static void normalise_backward(const Call& call, const Sizes& size, const Prepared& p, int rows, const BackwardSpace& s,
+                               float* dx, int64_t dx_row) {
+  for (int first = 0; first < rows; first += WIDTH) {
+    const int some = least(WIDTH, rows - first);
+    Vec levels[WIDTH] = {}, alongs[WIDTH] = {};
+    for (int i = 0; i < some; ++i)
+      for (int64_t h = 0, at = (first + i) * size.h; h < size.h; h += WIDTH) {
+        const Vec dz = load(s.dz + at + h);
+        levels[i] = fma(dz, load(p.w1_mean + h), levels[i]);
+        alongs[i] = fma(dz, load(s.z + at + h), alongs[i]);
+      }
+    const Vec level = sums(levels), along = sums(alongs) / float(call.c);
+    for (int i = 0; i < some; ++i) {
+      const float inverse = s.tokens.inverse[first + i], mean = s.tokens.mean[first + i];
+      const Vec lift = broadcast(-inverse * level[i]), slope = broadcast(-inverse * inverse * along[i]);
+      const float* const x = s.tokens.x + (first + i) * size.row;
+      float* const row = dx + (first + i) * dx_row;
+      for (int64_t c = 0; c < size.c; c += WIDTH)
+        store(row + c, load(row + c) + fma(load(x + c) - mean, slope, lift));
+    }
+  }
+}
+
+template <bool PAIRS>
+static void side_by_side(const Call& call, const Sizes& size, int rows, const BackwardSpace& s) {
   for (int r = 0; r < rows; ++r) {
-    float* const row = dx + r * dx_row;
-    Vec sums[4] = {}, products[4] = {};  // one of each would wait for every addition
-    const auto add = [&](int i, int64_t c) {
-      const Vec dxhat = load(row + c);
-      sums[i] += dxhat, products[i] = fma(dxhat, normalised(size, t, r, c), products[i]);
+    float* const to = s.both + r * (size.h + size.k);
+    const auto place = [&](int64_t at, const float* from, int64_t n, float factor) {
+      for (int64_t i = 0; i < n; i += WIDTH) {
+        if constexpr (PAIRS) store_part(reinterpret_cast<bfloat16*>(to) + at + i, load(from + i) * factor, WIDTH);
+        else store(to + at + i, load(from + i) * factor);
+      }
     };
-    int64_t c = 0;
-    for (; c + 3 * WIDTH < size.c; c += 4 * WIDTH)
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) add(i, c + i * WIDTH);
-    for (; c < size.c; c += WIDTH) add(0, c);
-    const float level = sum((sums[0] + sums[1]) + (sums[2] + sums[3])) * share;
-    const float along = sum((products[0] + products[1]) + (products[2] + products[3])) * share;
-    for (int64_t c = 0; c < size.c; c += WIDTH)
-      store(row + c, (load(row + c) - level - normalised(size, t, r, c) * along) * t.inverse[r]);
+    place(0, s.dz + r * size.h, size.h, s.tokens.inverse[r]);
+    place((PAIRS ? 2 : 1) * terms<PAIRS>(call.h), s.weights + r * size.k, size.k, 1);
   }
 }
 
@@ -163,7 +189,7 @@ static void backward_tile(const Backward& g, const Sizes& size, const Prepared& 
                 (tile.batch * call.sources[tile.source].tokens + tile.token) * call.c;
   if (rows) {
     fetch<T>(call, tile, size, s.tokens);
-    logits<PAIRS>(call, size, p, rows, s.tokens, s.hidden, s.slope, s.weights);
+    logits<PAIRS>(call, size, p, rows, s.tokens, s.hidden, s.slope, s.z, s.weights);
     if constexpr (PAIRS)
       product_of_channels<PAIRS>(call, rows, [&](int r, int64_t c) { return load(s.tokens.x + r * size.row + c); },
                                  s.tokens.block, s.dpooled_terms, size.k, s.ds);
@@ -180,12 +206,15 @@ static void backward_tile(const Backward& g, const Sizes& size, const Prepared& 
       store(sum.b1 + h, load(sum.b1 + h) + total);
     }
     gather<false>(rows, call.k, s.ds, size.k, s.hidden, size.h, size.h, sum.w2, size.h, !first);
-    const float* dz_rows = s.dz;
-    if constexpr (PAIRS) {
-      narrow_rows(s.dz, rows, size.h, size.h, s.slope), dz_rows = s.slope;
-      pair_rows(s.dz, rows, size.h, size.h);
-      narrow_rows(s.weights, rows, size.k, size.k, s.weights);
-    }
+    float* dx = s.dx;
+    int64_t dx_row = size.row;
+    if constexpr (sizeof(T) == sizeof(float))
+      if (call.c == size.c) dx = to, dx_row = call.c;
+    side_by_side<PAIRS>(call, size, rows, s);
+    const int64_t both = terms_of_both<PAIRS>(call);
+    product<PAIRS>(rows, both, both, s.both, size.h + size.k, s.both_rows, size.c, dx, dx_row);
+    normalise_backward(call, size, p, rows, s, dx, dx_row);
+    if constexpr (PAIRS) pair_rows(s.dz, rows, size.h, size.h);
     for (int64_t c = 0; c < size.c; c += DEPTH) {
       const int n = least(DEPTH, size.c - c);
       for (int r = 0; r < rows; ++r)
@@ -194,13 +223,6 @@ static void backward_tile(const Backward& g, const Sizes& size, const Prepared& 
       if constexpr (PAIRS) pair_rows(s.tokens.block, rows, BLOCK_ROW, n);
       gather<PAIRS>(rows, call.h, s.dz, size.h, s.tokens.block, BLOCK_ROW, n, sum.w1 + c, size.row, !first);
     }
-    float* dx = s.dx;
-    int64_t dx_row = size.row;
-    if constexpr (sizeof(T) == sizeof(float))
-      if (call.c == size.c) dx = to, dx_row = call.c;
-    product<PAIRS>(rows, terms<PAIRS>(call.h), DEPTH, dz_rows, size.h, p.w1_rows, size.c, dx, dx_row);
-    normalise_backward(call, size, rows, s.tokens, dx, dx_row);
-    product<PAIRS>(rows, terms<PAIRS>(call.k), DEPTH, s.weights, size.k, s.dpooled_rows, size.c, dx, dx_row, true);
     if (static_cast<void*>(dx) != to)
       for (int r = 0; r < rows; ++r)
         for (int64_t c = 0; c < call.c; c += WIDTH)
@@ -218,6 +240,9 @@ static void backward_item(const Backward& g, int64_t item, const BackwardSpace& 
   const Cut c = cut(call);
   const Sums mine = sums(call, s.sums), total = sums(call, g.totals);
   zero(mine.b1, size.h), zero(mine.b2, size.k);
+  const int64_t w1_panel = terms<PAIRS>(call.h) * WIDTH, panel = terms_of_both<PAIRS>(call) * WIDTH;
+  for (int64_t i = 0; i < size.c / WIDTH; ++i)
+    std::memcpy(s.both_rows + i * panel, p.w1_rows + i * w1_panel, w1_panel * sizeof(float));
   bool first = true;
   const int64_t tiles = tiles_of(call, size), begin = item / c.parts * c.rows, part = item % c.parts;
   for (int64_t batch = begin; batch < begin + c.rows && batch < call.batch; ++batch) {

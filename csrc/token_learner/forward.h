@@ -103,7 +103,7 @@ static void forward_item(const Forward& f, int64_t item, ForwardSpace s) {
   for_tiles(call, size, batch, part * tiles / parts, (part + 1) * tiles / parts, [&](const Tile& tile) {
     if (!tile.real) return;
     fetch<T>(call, tile, size, s.tokens);
-    logits<PAIRS>(call, size, p, tile.real, s.tokens, s.hidden, nullptr, s.weights);
+    logits<PAIRS>(call, size, p, tile.real, s.tokens, s.hidden, nullptr, nullptr, s.weights);
     weigh(call, size, p, tile.real, s);
     if constexpr (PAIRS) {
       pair_rows(s.weights, tile.real, size.k, size.k);

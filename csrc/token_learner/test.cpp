@@ -103,8 +103,8 @@ Number gelu(Number z, bool erf, Number* slope) {
   return z * (1 + t) / 2;
 }
 
-// In the arithmetic of Number; channels are summed from `first` on, then from 0.  In float, normalised tokens are what
-// the large products take: bfloat16 where these are in pairs.
+// In the arithmetic of Number; channels are summed from `first` on, then from 0.  In float, normalised tokens and
+// dz are what the large products take: bfloat16 where these are in pairs.
 template <class Number>
 Results<Number> definition(const Problem& p, const Inputs& in, int64_t first = 0) {
   const auto& w = in.weights;
@@ -184,7 +184,7 @@ Results<Number> definition(const Problem& p, const Inputs& in, int64_t first = 0
       for (int64_t u = 0; u < h; ++u) {
         Number dz = 0;
         for (int64_t l = 0; l < k; ++l) dz += ds[i][l] * Number(w[4][l * h + u]);
-        dz *= y.slope[u];
+        dz = factor(dz * y.slope[u]);
         dweights[3][u] += dz;
         for (int64_t j = 0; j < c; ++j) {
           const Number dnormed = dz * Number(w[2][u * c + j]);

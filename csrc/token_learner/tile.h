@@ -105,6 +105,7 @@ struct Prepared {
   float* w1_terms;  // (h / WIDTH, c, WIDTH): w1 norm_weight, for the sum over channels
   float* w1_rows;   // (c / WIDTH, h, WIDTH): the same, for the sum over hidden units
   float* b1;        // (h) b1 + w1 norm_bias
+  float* w1_mean;   // (h) of w1 norm_weight over channels
   float* w2_terms;  // (h, k)
   float* w2_rows;   // (k, h)
   float* b2;        // (k)
@@ -115,6 +116,7 @@ static Prepared prepared(const Call& call, float* at, int64_t* floats = nullptr)
   Space space{at};
   Prepared p;
   p.w1_terms = space.take(size.h * call.c), p.w1_rows = space.take(size.c * call.h), p.b1 = space.take(size.h);
+  p.w1_mean = space.take(size.h);
   p.w2_terms = space.take(call.h * size.k), p.w2_rows = space.take(call.k * size.h), p.b2 = space.take(size.k);
   if (floats) *floats = space.next - at;
   return p;
@@ -155,7 +157,7 @@ static void prepare_w1(const Call& call, int64_t h) {
   const T *w1 = static_cast<const T*>(call.weights.w1), *weight = static_cast<const T*>(call.weights.norm_weight);
   const T *bias = static_cast<const T*>(call.weights.norm_bias), *b1 = static_cast<const T*>(call.weights.b1);
   const int rows = least(WIDTH, call.h - h);
-  Vec moved[WIDTH] = {};
+  Vec moved[WIDTH] = {}, level[WIDTH] = {};
   for (int64_t c = 0; c < call.c; c += WIDTH) {
     const int n = least(WIDTH, call.c - c);
     const Vec gamma = load_part(weight + c, n), beta = load_part(bias + c, n);
@@ -164,12 +166,14 @@ static void prepare_w1(const Call& call, int64_t h) {
       x[i] = load_part(w1 + (h + i) * call.c + c, n);
       moved[i] = fma(x[i], beta, moved[i]);
       x[i] *= gamma;
+      level[i] += x[i];
     }
     store_terms<PAIRS>(x, rows, p.w1_rows + c * terms<PAIRS>(call.h) + terms<PAIRS>(h) * WIDTH);
     transpose(x);
     store_terms<PAIRS>(x, n, p.w1_terms + h * terms<PAIRS>(call.c) + terms<PAIRS>(c) * WIDTH);
   }
   store(p.b1 + h, sums(moved) + load_part(b1 + h, rows));
+  store(p.w1_mean + h, sums(level) / float(call.c));
 }
 
 template <class T>
@@ -324,10 +328,10 @@ static inline void gather(int tokens, int64_t n, const float* a, int64_t a_row, 
                .a_v = WIDTH, .b = a, .b_n = 1, .b_k = a_row, .c = sum, .c_n = sum_row, .c_v = WIDTH, .add = add});
 }
 
-// hidden (rows, h), slopes of the GELU there if asked for, logits (rows, k) without b2.
+// hidden (rows, h), logits (rows, k) without b2; if asked for, slopes of the GELU, and z (rows, h) without b1.
 template <bool PAIRS>
 static void logits(const Call& call, const Sizes& size, const Prepared& p, int rows, const Tokens& x, float* hidden,
-                   float* slope, float* to) {
+                   float* slope, float* z, float* to) {
   product_of_channels<PAIRS>(call, rows, [&](int r, int64_t c) { return normalised(size, x, r, c); }, x.block,
                              p.w1_terms, size.h, hidden);
   const auto each = [&](auto gelu) {
@@ -335,8 +339,9 @@ static void logits(const Call& call, const Sizes& size, const Prepared& p, int r
       const Vec bias = load(p.b1 + h);
       for (int64_t at = h; at < rows * size.h; at += size.h) {
         Vec rise{};
-        store(hidden + at, gelu(load(hidden + at) + bias, slope ? &rise : nullptr));
-        if (slope) store(slope + at, rise);
+        const Vec sum = load(hidden + at);
+        store(hidden + at, gelu(sum + bias, slope ? &rise : nullptr));
+        if (slope) store(slope + at, rise), store(z + at, sum);
       }
     }
   };
