@@ -320,8 +320,8 @@ vector<Problem> problems() {
   };
   const size_t named = all.size();
   for (int i = 0; i < 30; ++i) {
-    // Not one channel, of which the norm leaves 0: then all tokens weigh the same and gradients are only rounding.
-    Problem p{"random " + std::to_string(i), {}, draw(1, 4), draw(2, 90), draw(1, 40), draw(1, 40)};
+    // Not one or two channels, of which the norm leaves 0 or signs: gradients through it are 0, and rounding.
+    Problem p{"random " + std::to_string(i), {}, draw(1, 4), draw(4, 90), draw(1, 40), draw(1, 40)};
     for (int64_t s = draw(1, 3); s > 0; --s) p.tokens.push_back(draw(0, 5) ? draw(0, 60) : draw(100, 300));
     p.tables = draw(0, 1), p.valid = draw(0, 1), p.erf = draw(0, 1), p.divide = draw(0, 2);
     all.push_back(p);
