@@ -41,8 +41,8 @@ class Case:
             return (mean + std * torch.randn(*sizes, generator=generator, device=device)).to(dtype)
 
         c, h, k = self.c, self.h, self.k
-        weights = draw(c, std=0.1, mean=1), draw(c, std=0.1), draw(h, c, std=c**-0.5), draw(h, std=0.1)
-        weights = *weights, draw(k, h, std=1.7 * h**-0.5), draw(k, std=0.1)
+        norm = draw(c, std=0.1, mean=1), draw(c, std=0.1)
+        weights = *norm, draw(h, c, std=c**-0.5), draw(h, std=0.1), draw(k, h, std=1.7 * h**-0.5), draw(k, std=0.1)
         tables = [draw(n, c, std=0.5) for n in self.n] if self.placed else []
         return *weights, draw(self.batch, k, c), *(draw(self.batch, n, c) for n in self.n), *tables
 
