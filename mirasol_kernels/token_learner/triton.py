@@ -25,6 +25,7 @@ from mirasol_kernels._triton import LOG2E, Launch, Machine, power_of_two
 from mirasol_kernels.token_learner.triton_config import fuses, slots_of, tile_of
 from mirasol_kernels.token_learner.triton_layer import (
     LENGTHS,
+    add_product,
     chunks,
     count_of,
     first_layer,
@@ -196,8 +197,7 @@ def pool(
         grown = ()
         for j in tl.static_range(HELD):
             tile = load_tokens(x, x_row, table, token, stop, (slab * HELD + j) * BLOCK_C, C, BLOCK_C)
-            more = tl.dot(p.to(tile.dtype), tile, acc[j] * fade[:, None], input_precision="ieee")
-            grown = grown + (more,)  # noqa: RUF005
+            grown = grown + (add_product(acc[j] * fade[:, None], p.to(tile.dtype), tile),)  # noqa: RUF005
         acc = grown
 
     row = (split * batch.to(tl.int64) + b) * K + slot

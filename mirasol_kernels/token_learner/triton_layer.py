@@ -4,10 +4,12 @@ LayerNorm costs no pass of its own.  `fold` puts its weight into w1 once; then, 
 
     w1 (norm_weight xhat + norm_bias) + b1 = rstd (folded x - u mean) + v        v = w1 norm_bias + b1
 
-The difference would cancel where a token's mean is large beside its spread, so products and moments are of x - shift,
-shift being the mean of the token's first block of channels.  With m blocks in a token |mean - shift| is at most sqrt(m)
-standard deviations, whatever the token: at most five bits of the variance's 24 are lost (c 2048, blocks of 64), and
-hardly one in tokens whose blocks are alike.
+The difference cancels where a token's mean is large beside its spread, so moments, and products of float32, are of
+x - shift, shift being the mean of the token's first block of channels.  With m blocks in a token |mean - shift| is at
+most sqrt(m) standard deviations, whatever the token: at most five bits of the variance's 24 are lost (c 2048, blocks of
+64), and hardly one in tokens whose blocks are alike.  16-bit tokens multiply as they are: a shifted one would have to
+be rounded, and what float32 loses at a mean of 2^8 (bfloat16) or 2^10 (float16) deviations, where the tokens themselves
+have no bits left, is less than their last bit.
 
 Everything is kept transposed, tokens last: the next product takes z^T as it is, and transposing the result of a product
 is miscompiled by Triton 3.4 to 3.7.0.  Backward must find the logits of forward to the bit, since exp of a difference
@@ -23,10 +25,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mirasol_kernels._triton import LOG2E, Launch, Machine, power_of_two
+from mirasol_kernels._triton import Launch, Machine, power_of_two
 from mirasol_kernels.token_learner.triton_config import Tile, tile_of
 
 WORKSPACE = 64 << 20  # bytes that the hidden units of some batch rows take at a time; one row may take more
+
+# -2 sqrt(2/pi) log2(e), and that times 0.044715: exp(-2t) of the tanh GELU is exp2(LINEAR z + CUBIC z^3).
+LINEAR = tl.constexpr(-2.302208198144325)
+CUBIC = tl.constexpr(-0.1029432395800235)
+HALF_LOG2E = tl.constexpr(-0.7213475204444817)
 
 # Numbers that follow the lengths must not compile a kernel of their own.
 LENGTHS = ["n", "tiles", "splits", "programs", "batch", "slabs", "blocks"]
@@ -122,16 +129,10 @@ def load_matrix(
     x, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
 ):  # -> (len(row), len(column))
     """Of x (ROWS, COLUMNS), contiguous; zeros outside."""
-    mask = None
-    if ROWS % BLOCK_R:
-        mask = (row < ROWS)[:, None]
-        if COLUMNS % BLOCK_C:
-            mask = mask & (column < COLUMNS)[None, :]
-    elif COLUMNS % BLOCK_C:
-        mask = (column < COLUMNS)[None, :]
-    if mask is None:
-        return tl.load(x + row[:, None] * COLUMNS + column[None, :])
-    return tl.load(x + row[:, None] * COLUMNS + column[None, :], mask=mask, other=0.0)
+    at = x + row[:, None] * COLUMNS + column[None, :]
+    if ROWS % BLOCK_R or COLUMNS % BLOCK_C:
+        return tl.load(at, mask=(row < ROWS)[:, None] & (column < COLUMNS)[None, :], other=0.0)
+    return tl.load(at)
 
 
 @triton.jit
@@ -139,6 +140,15 @@ def load_vector(x, index, N: tl.constexpr, BLOCK: tl.constexpr):
     if N % BLOCK:
         return tl.load(x + index, mask=index < N, other=0.0)
     return tl.load(x + index)
+
+
+@triton.jit
+def add_product(acc, a, b):
+    """acc + a b.  In float32 a sum of c or n terms, one after another, would round worse than a blocked product of the
+    reference: every product starts from 0.  Subtracted, because an addition Triton folds into the chain."""
+    if a.dtype == tl.float32:
+        return acc - tl.dot(-a, b, input_precision="ieee")
+    return tl.dot(a, b, acc)
 
 
 @triton.jit
@@ -173,34 +183,37 @@ def first_layer(
         total += tl.sum(centred, 1)
         square += tl.sum(centred * centred, 1)
         rows = load_matrix(folded, unit, channel, H, C, BLOCK_H, BLOCK_C)  # (BLOCK_H, BLOCK_C)
-        acc = tl.dot(rows, tl.trans(centred.to(tile.dtype)), acc, input_precision="ieee")
+        if tile.dtype == tl.float32:
+            tile = centred
+        acc = add_product(acc, rows, tl.trans(tile))
     drift = total / C
     rstd = tl.rsqrt(tl.maximum(square / C - drift * drift, 0.0) + eps)
+    mean = shift + drift
+    left = drift if x.dtype.element_ty == tl.float32 else mean  # of the mean, in acc
     sums = load_vector(u, unit, H, BLOCK_H)
-    return (acc - sums[:, None] * drift[None, :]) * rstd[None, :], shift + drift, rstd
+    return (acc - sums[:, None] * left[None, :]) * rstd[None, :], mean, rstd
 
 
 @triton.jit
 def gelu(z, ERF: tl.constexpr):
     if ERF:
         return z * (0.5 + 0.5 * tl.erf(z * 0.7071067811865476))
-    return z * sigmoid_of(z)
+    return z * share_of(z)
 
 
 @triton.jit
 def gelu_slope(z, ERF: tl.constexpr):
     if ERF:
-        density = tl.exp2(z * z * LOG2E * -0.5) * 0.3989422804014327
+        density = tl.exp2(z * z * HALF_LOG2E) * 0.3989422804014327
         return 0.5 + 0.5 * tl.erf(z * 0.7071067811865476) + z * density
-    area = sigmoid_of(z)
-    inner = 1.5957691216057308 * (1 + 0.134145 * z * z)
-    return area + z * area * (1 - area) * inner
+    share = share_of(z)
+    return share + z * share * (1 - share) * (1.5957691216057308 + z * z * 0.2140644488)
 
 
 @triton.jit
-def sigmoid_of(z):
+def share_of(z):
     """(1 + tanh t) / 2 = 1 / (1 + exp(-2t)) with t = sqrt(2/pi) (z + 0.044715 z^3): neither cancels nor overflows."""
-    return 1 / (1 + tl.exp2(z * (1 + z * z * 0.044715) * LOG2E * -1.5957691216057308))
+    return 1 / (1 + tl.exp2(z * (z * z * CUBIC + LINEAR)))
 
 
 @triton.jit(do_not_specialize=LENGTHS)
