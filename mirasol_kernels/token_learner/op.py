@@ -42,6 +42,38 @@ def _fake_bwd(
 OP = Op("token_learner", cases=f"{__package__}.cases", fwd=(FWD, _fake_fwd), bwd=(BWD, _fake_bwd))
 
 
+def _triton(sources: Any, norm_weight: Tensor, norm_bias: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, *_: Any) -> Any:
+    if w1.dtype == torch.float64:
+        return "no float64"
+    if torch.version.hip:
+        return "NVIDIA GPUs only"
+    if torch.cuda.get_device_capability(w1.device) < (8, 0):
+        return "compute capability below 8.0"
+    (h, c), k = w1.shape, w2.shape[0]
+    return None if 0 < c <= 2048 and 0 < h <= 256 and 0 < k <= 512 else "c up to 2048, h up to 256 and k up to 512 only"
+
+
+def _triton_fwd(*args: Any) -> tuple[Tensor, ...]:
+    from mirasol_kernels.token_learner import triton  # not before a kernel runs
+
+    results = _fake_fwd(*args)
+    with torch.cuda.device(results[0].device):
+        triton.run_forward(*args, *results)
+    return results
+
+
+def _triton_bwd(*args: Any) -> list[Tensor]:
+    from mirasol_kernels.token_learner import triton_backward
+
+    results = _fake_bwd(*args)
+    with torch.cuda.device(args[0].device):
+        triton_backward.run_backward(*args, results)
+    return results
+
+
+OP.backend("triton", "cuda", _triton, fwd=_triton_fwd, bwd=_triton_bwd)
+
+
 def calls(backend: str) -> dict[str, Any]:
     return next(b.calls for b in OP.backends if b.name == backend)
 

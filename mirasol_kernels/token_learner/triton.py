@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mirasol_kernels._triton import LOG2E, Launch, Machine, power_of_two
-from mirasol_kernels.token_learner.triton_config import fuses, slots_of, tile_of
+from mirasol_kernels.token_learner.triton_config import SUMS, fuses, slots_of, tile_of
 from mirasol_kernels.token_learner.triton_layer import (
     LENGTHS,
     add_product,
@@ -72,10 +72,11 @@ def forward_launches(
     (batch, _, c), (k, h), dtype = sources[0].shape, w2.shape, w2.dtype
     if batch == 0:
         return []
-    fused, slots = fuses(k, c, dtype), slots_of(k, dtype)
-    tile = tile_of("layer" if fused else "pool", h, dtype, machine)
-    held = triton.cdiv(c, tile.channels) if fused else 1  # blocks of channels that a program sums
-    blocks, slabs = triton.cdiv(k, slots), triton.cdiv(c, tile.channels * held)
+    fused, slots = fuses(k, c), slots_of(k, dtype)
+    tile, width = tile_of("layer" if fused else "pool", h, dtype, machine), tile_of("pool", h, dtype, machine).channels
+    pieces = triton.cdiv(c, width)
+    blocks, slabs = triton.cdiv(k, slots), 1 if fused else triton.cdiv(pieces, max(1, SUMS // (slots * width)))
+    held = triton.cdiv(pieces, slabs)  # blocks of channels that a program sums
     shares = []  # of each source: among how many programs its tokens are split, by shapes and device alone
     for source in sources:
         tiles = triton.cdiv(source.shape[1], tile.tokens)
@@ -106,7 +107,7 @@ def forward_launches(
                 **dict(zip(("maximum", "total", "pooled"), (part[before:, rows] for part in parts), strict=True)),
                 **{"batch": batch, "splits": splits, "slabs": slabs, "blocks": blocks},
                 **layer_constants(w1, tile),
-                **{"K": k, "BLOCK_K": slots, "HELD": held, "ERF": erf, "FINISH": direct and divide},
+                **{"K": k, "BLOCK_K": slots, "BLOCK_D": width, "HELD": held, "ERF": erf, "FINISH": direct and divide},
             }
             done.append(Launch(pool, (x.shape[0] * splits * slabs * blocks,), arguments, tile.options()))
         before += splits
@@ -151,12 +152,13 @@ def pool(
     BLOCK_C: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     HELD: tl.constexpr,
     ERF: tl.constexpr,
     FINISH: tl.constexpr,
 ):
     """The state of one share of a batch row's tokens, for a block of learned tokens and a slab of HELD blocks of
-    channels; with FINISH divided.  Of parts (splits, B, K) and (splits, B, K, C) that follow one another."""
+    BLOCK_D channels; with FINISH divided.  Of parts (splits, B, K) and (splits, B, K, C) that follow one another."""
     program = tl.program_id(0)
     block, program = program % blocks, program // blocks
     slab, program = program % slabs, program // slabs
@@ -174,8 +176,8 @@ def pool(
     m = tl.full([BLOCK_K], float("-inf"), tl.float32)
     weight = tl.zeros([BLOCK_K], tl.float32)
     acc = ()  # extended by addition: Triton knows no (*acc, more)
-    for _ in tl.static_range(HELD):
-        acc = acc + (tl.zeros([BLOCK_K, BLOCK_C], tl.float32),)  # noqa: RUF005
+    for _block in tl.static_range(HELD):
+        acc = acc + (tl.zeros([BLOCK_K, BLOCK_D], tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
     for at in range(begin, stop, TOKENS):
         token = at + tl.arange(0, TOKENS)
         if hidden is None:
@@ -196,8 +198,8 @@ def pool(
         m = m_new
         grown = ()
         for j in tl.static_range(HELD):
-            tile = load_tokens(x, x_row, table, token, stop, (slab * HELD + j) * BLOCK_C, C, BLOCK_C)
-            grown = grown + (add_product(acc[j] * fade[:, None], p.to(tile.dtype), tile),)  # noqa: RUF005
+            tile = load_tokens(x, x_row, table, token, stop, (slab * HELD + j) * BLOCK_D, C, BLOCK_D)
+            grown = grown + (add_product(acc[j] * fade[:, None], p.to(tile.dtype), tile),)  # type: ignore[assignment]  # noqa: RUF005
         acc = grown
 
     row = (split * batch.to(tl.int64) + b) * K + slot
@@ -205,10 +207,10 @@ def pool(
         tl.store(maximum + row, m, mask=slot < K)
         tl.store(total + row, weight, mask=slot < K)
     for j in tl.static_range(HELD):
-        result = acc[j]
+        result = acc[j]  # type: ignore[var-annotated]
         if FINISH:
             result = result / tl.where(weight == 0, 1.0, weight)[:, None]
-        channel = (slab * HELD + j) * BLOCK_C + tl.arange(0, BLOCK_C)
+        channel = (slab * HELD + j) * BLOCK_D + tl.arange(0, BLOCK_D)
         mask = (slot < K)[:, None] & (channel < C)[None, :]
         tl.store(pooled + row[:, None] * C + channel[None, :], result.to(pooled.dtype.element_ty), mask=mask)
 

@@ -21,6 +21,8 @@ class Tile(NamedTuple):
         return {"num_warps": self.warps, "num_stages": self.stages}
 
 
+SUMS = 16 * 1024  # float32 numbers that a program sums where others share the work: 64 registers of each of 256 threads
+
 TABLE: dict[int, dict[str, Tile]] = {
     80: {
         "layer": Tile(64, 64, 8, 3),
@@ -51,6 +53,7 @@ def slots_of(k: int, dtype: torch.dtype) -> int:
     return min(power_of_two(k), 32 if dtype == torch.float32 else 128)
 
 
-def fuses(k: int, c: int, dtype: torch.dtype) -> bool:
-    """Whether a program can hold the sums of all learned tokens over all channels in registers."""
-    return power_of_two(k) <= 32 and power_of_two(k) * c <= 32 * 1280
+def fuses(k: int, c: int) -> bool:
+    """Whether a program holds the sums of all learned tokens over all channels in registers: half of a multiprocessor's
+    256 KB; with 32 x 1280, 376 bytes a thread spill (9.0)."""
+    return power_of_two(k) * c <= 2 * SUMS and k <= 32
