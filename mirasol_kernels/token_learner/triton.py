@@ -72,7 +72,7 @@ def forward_launches(
     (batch, _, c), (k, h), dtype = sources[0].shape, w2.shape, w2.dtype
     if batch == 0:
         return []
-    fused, slots = fuses(k, c), slots_of(k, dtype)
+    fused, slots = fuses(k, c), slots_of(k, h, dtype)
     tile, width = tile_of("layer" if fused else "pool", h, dtype, machine), tile_of("pool", h, dtype, machine).channels
     pieces = triton.cdiv(c, width)
     blocks, slabs = triton.cdiv(k, slots), 1 if fused else triton.cdiv(pieces, max(1, SUMS // (slots * width)))

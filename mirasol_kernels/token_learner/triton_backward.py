@@ -75,7 +75,7 @@ def backward_launches(
     """The kernels that fill gradients (of sources, of the positions that are, of the six weights), in order."""
     batch, (k, h), dtype = sources[0].shape[0], w2.shape, w2.dtype
     dsources, dtables, dweights = gradients[: len(sources)], iter(gradients[len(sources) : -6]), gradients[-6:]
-    tile, slots = tile_of("gradient", h, dtype, machine), slots_of(k, dtype)
+    tile, slots = tile_of("gradient", h, dtype, machine), slots_of(k, h, dtype)
     fold, first = fold_launch(norm_weight, norm_bias, w1, b1)
     prepare, given = prepare_launch(dpooled, dsum, total, pooled, dtype, tile)
     done = [fold, prepare] if batch else []
@@ -232,12 +232,9 @@ def gradient(
     start = load_vector(v, unit, H, BLOCK_H)
     second_sums += tl.program_id(0).to(tl.int64) * (K * H + K)
     slots = tl.arange(0, BLOCK_K)
-    at_sums, bias_sums, second_mask = second_at(second_sums, slots, unit, K, H)
-    if SINGLE:
-        second_sum = tl.load(at_sums, mask=second_mask, other=0.0)
-        bias_sum = tl.load(bias_sums, mask=slots < K, other=0.0)
     for index in range(tl.program_id(0), batch * tiles, tl.num_programs(0)):
         b = (index // tiles).to(tl.int64)
+        x_own = x + b * x_batch
         token = (index % tiles) * TOKENS + tl.arange(0, TOKENS)
         stop = count_of(valid, sources, b, n)
         live = token < stop
@@ -259,60 +256,22 @@ def gradient(
         if SINGLE:
             p, scale = weights_of(units, live, slots, b, w2, b2, maximum, rho, K, H, BLOCK_K, BLOCK_H)
             ds = score_gradient(
-                p,
-                scale,
-                slots,
-                b,
-                x + b * x_batch,
-                x_row,
-                table,
-                token,
-                stop,
-                g,
-                offset,
-                C,
-                K,
-                TOKENS,
-                BLOCK_C,
-                BLOCK_K,
+                p, scale, slots, b, x_own, x_row, table, token, stop, g, offset, C, K, TOKENS, BLOCK_C, BLOCK_K
             )
-            bias_sum += tl.sum(ds, 1)
-            low = ds.to(w2.dtype.element_ty)
+            add_to_sums(second_sums, ds, units_t, slots, K, H, BLOCK_H)
             second = load_matrix(w2, slots, unit, K, H, BLOCK_K, BLOCK_H)
-            dunits = tl.dot(tl.trans(second), low, dunits, input_precision="ieee")
-            second_sum = add_product(second_sum, low, units_t)
+            dunits = tl.dot(tl.trans(second), ds.to(w2.dtype.element_ty), dunits, input_precision="ieee")
             pooling = (p * (scale / peak)[:, None]).to(w2.dtype.element_ty)
         else:
             for block in range(0, K, BLOCK_K):
                 slot = block + slots
                 p, scale = weights_of(units, live, slot, b, w2, b2, maximum, rho, K, H, BLOCK_K, BLOCK_H)
                 ds = score_gradient(
-                    p,
-                    scale,
-                    slot,
-                    b,
-                    x + b * x_batch,
-                    x_row,
-                    table,
-                    token,
-                    stop,
-                    g,
-                    offset,
-                    C,
-                    K,
-                    TOKENS,
-                    BLOCK_C,
-                    BLOCK_K,
+                    p, scale, slot, b, x_own, x_row, table, token, stop, g, offset, C, K, TOKENS, BLOCK_C, BLOCK_K
                 )
-                low = ds.to(w2.dtype.element_ty)
+                add_to_sums(second_sums, ds, units_t, slot, K, H, BLOCK_H)
                 second = load_matrix(w2, slot, unit, K, H, BLOCK_K, BLOCK_H)
-                dunits = tl.dot(tl.trans(second), low, dunits, input_precision="ieee")
-                at_sums, bias_sums, second_mask = second_at(second_sums, slot, unit, K, H)
-                more = tl.dot(low, units_t, input_precision="ieee")
-                tl.store(at_sums, tl.load(at_sums, mask=second_mask, other=0.0) + more, mask=second_mask)
-                more_bias = tl.sum(ds, 1)
-                tl.store(bias_sums, tl.load(bias_sums, mask=slot < K, other=0.0) + more_bias, mask=slot < K)
-                tl.debug_barrier()  # what one thread stored another may load next time
+                dunits = tl.dot(tl.trans(second), ds.to(w2.dtype.element_ty), dunits, input_precision="ieee")
 
         # Rounded before anything uses it, so that dx stays orthogonal to 1 and xhat.
         dz_low = (dunits * gelu_slope(xhat_z + start[:, None], ERF)).to(w2.dtype.element_ty)
@@ -326,7 +285,7 @@ def gradient(
             channel = first + tl.arange(0, BLOCK_C)
             rows = load_matrix(folded, unit, channel, H, C, BLOCK_H, BLOCK_C)
             way = tl.dot(tl.trans(rows), dz_low, input_precision="ieee")  # (BLOCK_C, TOKENS)
-            tile = load_tokens(x + b * x_batch, x_row, table, token, stop, first, C, BLOCK_C)
+            tile = load_tokens(x_own, x_row, table, token, stop, first, C, BLOCK_C)
             xhat = (tl.trans(tile).to(tl.float32) - mean[None, :]) * rstd[None, :]
             way = (way - along_one[None, :] - xhat * along_xhat[None, :]) * rstd[None, :]
             direct = tl.zeros([BLOCK_C, TOKENS], tl.float32)
@@ -343,16 +302,18 @@ def gradient(
             result = tl.where(live[None, :], way + direct * peak, 0.0)
             mask = (token < n)[None, :] & (channel < C)[:, None]
             tl.store(dx + row[None, :] * C + channel[:, None], result.to(dx.dtype.element_ty), mask=mask)
-    if SINGLE:
-        tl.store(at_sums, second_sum, mask=second_mask)
-        tl.store(bias_sums, bias_sum, mask=slots < K)
 
 
 @triton.jit
-def second_at(second_sums, slot, unit, K: tl.constexpr, H: tl.constexpr):
-    """Where the sums of dw2 (K, H) and, behind it, of db2 (K) lie for some learned tokens."""
-    at = second_sums + slot[:, None] * H + unit[None, :]
-    return at, second_sums + K * H + slot, (slot < K)[:, None] & (unit < H)[None, :]
+def add_to_sums(second_sums, ds, units_t, slot, K: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr):
+    """Adds to the sums of dw2 (K, H) and, behind it, of db2 (K), in L2: registers hold no more than a block of them."""
+    unit = tl.arange(0, BLOCK_H)
+    at, at_bias = second_sums + slot[:, None] * H + unit[None, :], second_sums + K * H + slot
+    mask = (slot < K)[:, None] & (unit < H)[None, :]
+    more = tl.dot(ds.to(units_t.dtype), units_t, input_precision="ieee")  # (BLOCK_K, BLOCK_H)
+    tl.store(at, tl.load(at, mask=mask, other=0.0) + more, mask=mask)
+    tl.store(at_bias, tl.load(at_bias, mask=slot < K, other=0.0) + tl.sum(ds, 1), mask=slot < K)
+    tl.debug_barrier()  # what one thread stored another may load next time
 
 
 @triton.jit

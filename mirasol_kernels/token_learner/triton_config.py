@@ -23,34 +23,37 @@ class Tile(NamedTuple):
 
 SUMS = 16 * 1024  # float32 numbers that a program sums where others share the work: 64 registers of each of 256 threads
 
-TABLE: dict[int, dict[str, Tile]] = {
+WIDTHS = (128, 256)  # a tile serves hidden layers up to this
+
+# capability -> kernel -> a Tile for each of WIDTHS
+TABLE: dict[int, dict[str, tuple[Tile, Tile]]] = {
     80: {
-        "layer": Tile(64, 64, 8, 3),
-        "pool": Tile(64, 128, 8, 2),
-        "gradient": Tile(64, 64, 8, 2),
-        "weights": Tile(64, 128, 8, 3),
+        "layer": (Tile(64, 64, 8, 3), Tile(32, 64, 8, 3)),
+        "pool": (Tile(64, 128, 8, 2), Tile(32, 128, 8, 2)),
+        "gradient": (Tile(64, 64, 8, 2), Tile(32, 32, 8, 2)),
+        "weights": (Tile(64, 128, 8, 3), Tile(64, 64, 8, 2)),
     },
 }
 for _cc in (86, 90, 100, 120):
     TABLE[_cc] = TABLE[80]
 
 FLOAT32 = {
-    "layer": Tile(32, 32, 8, 2),
-    "pool": Tile(32, 64, 8, 2),
-    "gradient": Tile(32, 32, 8, 2),
-    "weights": Tile(32, 32, 8, 2),
+    "layer": (Tile(32, 32, 8, 2), Tile(16, 32, 8, 2)),
+    "pool": (Tile(32, 64, 8, 2), Tile(32, 64, 8, 2)),
+    "gradient": (Tile(32, 32, 8, 2), Tile(16, 32, 8, 2)),
+    "weights": (Tile(32, 32, 8, 2), Tile(32, 32, 8, 2)),
 }
 
 
 def tile_of(kernel: str, h: int, dtype: torch.dtype, machine: Machine) -> Tile:
-    if dtype == torch.float32:
-        return FLOAT32[kernel]
-    return TABLE[like(machine.capability)][kernel]
+    """kernel: layer, which `pool` includes where it fuses, pool, gradient or weights."""
+    width = next(i for i, width in enumerate(WIDTHS) if h <= width)
+    return (FLOAT32 if dtype == torch.float32 else TABLE[like(machine.capability)])[kernel][width]
 
 
-def slots_of(k: int, dtype: torch.dtype) -> int:
-    """How many of the k learned tokens a step scores."""
-    return min(power_of_two(k), 32 if dtype == torch.float32 else 128)
+def slots_of(k: int, h: int, dtype: torch.dtype) -> int:
+    """How many of the k learned tokens a step scores.  Alike in forward and backward, so that their logits are."""
+    return min(power_of_two(k), 32 if dtype == torch.float32 else 128 if h <= WIDTHS[0] else 32)
 
 
 def fuses(k: int, c: int) -> bool:
