@@ -1,6 +1,6 @@
 """One op against everybody who can do it: its tests, then errors, times, memory. Table, JSON and PNG.
 
-python -m benchmarks.run block_causal_attention [--case NAME ...] [--dtype float32 ...] [--peer NAME ...] [--out DIR]
+python -m benchmarks.run OP [--case NAME ...] [--dtype float32 ...] [--peer NAME ...] [--out DIR]
 """
 
 from __future__ import annotations

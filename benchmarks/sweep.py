@@ -75,7 +75,7 @@ def first(clip: Clip, frames: int, device: str) -> Clip:
     return Clip(clip.video[:, :frames].to(device), audio, clip.fps)
 
 
-def step(model: Mirasol, clip: Clip, backend: str, train: bool) -> Results:
+def step(model: Mirasol, clip: Clip, backend: str | None, train: bool) -> Results:
     """One pass over the clip and a question about it; with `train` also back. -> what its error is measured on."""
     like = next(model.parameters())
     video = clip.video[None].to(like.dtype)  # (1, 3, frames, size, size)

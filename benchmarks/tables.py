@@ -75,7 +75,7 @@ def introduction(report: Row) -> str:
         (
             f"{report['op']} against everybody who can do it, on {where}, ours {report['kernels']}",
             f"torch {machine['torch']}; {gemm}, copy {limits['copy'] / 1e9:,.0f} GB/s",
-            "medians of interleaved rounds; Gflop/s of pairs that are seen; floor: the least time at these rates;",
+            "medians of interleaved rounds; Gflop/s of useful work; floor: the least time at these rates;",
             "error: largest difference from float64 over results and gradients, relative to the largest value",
         )
     )
@@ -99,7 +99,7 @@ def block(case: Any, rows: Sequence[Row], notes: Sequence[Row], direction: str, 
             f"{max(row['errors'].values()):>8.1e}"
         )
     lines += [f"  {note['name']:<20} {note['reason']}" for note in notes]
-    if rows and rows[0]["checked"] != "all heads":
+    if rows and not rows[0]["checked"].startswith("all "):
         lines.append(f"  float64 on {rows[0]['checked']}")
     return "\n".join(lines) + "\n"
 

@@ -46,6 +46,11 @@ def wanted_backend() -> str | None:
     return _wish.name
 
 
+def unasked() -> bool:
+    """Whether this thread leaves the choice to us, and wants it made and not explained."""
+    return _wish.name is None and not _wish.explain
+
+
 @contextlib.contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
     """Within it every op of this thread runs on backend `name`, or raises NotImplementedError with the reason.

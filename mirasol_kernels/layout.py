@@ -283,6 +283,8 @@ class SnippetLayout:
         A layout not yet on `device` is copied inside the graph when torch.compile traces this; and its copy would
         break the capture of a CUDA graph.  `to(device)` before avoids both.
         """
+        if device == "cpu":  # before a torch.device is made: of a small call that is a twentieth
+            return self._tables
         if not isinstance(device, torch.device):
             device = torch.device(device)
         if device.type == "cpu":

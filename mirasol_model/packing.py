@@ -31,6 +31,7 @@ def merge_sources(sources: Sequence[Tensor], counts: Sequence[Counts]) -> tuple[
         for n, count in zip(sizes, counts, strict=True)
     ]
     lengths = np.sum(real, axis=0)
+    # The copy is under 1 % of a Combiner's forward pass and 0.2 % of its training step: not worth avoiding (NOTES.md).
     x = torch.cat(tuple(sources), dim=2) if len(sources) > 1 else sources[0]  # (B, T, n, d)
     if (lengths == sum(sizes)).all():
         return x.flatten(1, 2), lengths, True

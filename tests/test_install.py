@@ -223,7 +223,7 @@ def test_cuda_beside_any_torch(env, tree):
     env.native_runs()
     assert env.report() == {"cpu": "built", "cuda": "built"}
     said = env.run("-m", "mirasol_kernels")
-    assert re.search(r"^cuda kernels +(compiled and loaded|_native_cuda.so did not load: .+)$", said, re.M)
+    assert re.search(r"^cuda kernels +compiled and loaded$", said, re.M), said
     library = (env.site / "mirasol_kernels/_native_cuda.so").read_bytes()
     assert b"libcudart.so" not in library and b"libtorch_cuda" not in library
 

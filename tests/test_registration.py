@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from mirasol_kernels import SnippetLayout, block_causal_attention, explain, use_backend
 from mirasol_kernels._check import evaluate
@@ -29,7 +30,7 @@ class Calls(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace.startswith("mirasol_"):
-            self.seen.append((func, [x.detach() if isinstance(x, Tensor) else x for x in args]))
+            self.seen.append((func, tree_map_only(Tensor, Tensor.detach, args)))
         return func(*args, **(kwargs or {}))
 
 

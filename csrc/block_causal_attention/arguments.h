@@ -18,9 +18,12 @@ inline std::string tuple(const int64_t* sizes, size_t n) {
   return text + ")";
 }
 
-inline void expect(bool fine, const char* name, const std::string& expected, const std::string& got) {
-  if (fine) return;
+[[noreturn]] inline void refuse(const char* name, const std::string& expected, const std::string& got) {
   throw std::runtime_error(std::string("block_causal_attention: ") + name + ": expected " + expected + ", got " + got);
+}
+
+inline void expect(bool fine, const char* name, const char* expected, const char* got) {
+  if (!fine) refuse(name, expected, got);
 }
 
 // Of these sizes (-1: any).
@@ -28,7 +31,7 @@ template <class Tensor>
 void expect_sizes(const char* name, const Tensor& x, std::initializer_list<int64_t> want) {
   bool fine = x.dim() == int64_t(want.size());
   for (size_t i = 0; fine && i < want.size(); ++i) fine = want.begin()[i] < 0 || want.begin()[i] == x.size(i);
-  expect(fine, name, tuple(want.begin(), want.size()), tuple(x.sizes().data(), x.dim()));
+  if (!fine) refuse(name, tuple(want.begin(), want.size()), tuple(x.sizes().data(), x.dim()));
 }
 
 template <class T, class Tensor>
@@ -59,7 +62,8 @@ Dtype dtype_of(const char* name, const Tensor& x) {
 template <class Tensor>
 View<const void> input(const char* name, const Tensor& x, Dtype dtype, std::initializer_list<int64_t> want) {
   expect_sizes(name, x, want);
-  expect(x.size(3) <= 1 || x.stride(3) == 1, name, "stride 1 in the last dimension", std::to_string(x.stride(3)));
+  if (x.size(3) > 1 && x.stride(3) != 1)
+    refuse(name, "stride 1 in the last dimension", std::to_string(x.stride(3)));
   expect(dtype_of(name, x) == dtype, name, "the dtype of q", "another");
   return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
 }
@@ -82,11 +86,13 @@ Shape shape_of(const Tensor& q, const Tensor& k, const Tensor& v, double scale) 
   expect_sizes("k", k, {q.size(0), -1, -1, q.size(3)});
   expect_sizes("v", v, {q.size(0), k.size(1), k.size(2), -1});
   Shape shape{q.size(0), q.size(1), k.size(1), q.size(2), k.size(2), q.size(3), v.size(3), float(scale)};
-  shape.dtype = dtype_of("q", q), shape.pairs = pairs_pay(shape);
-  const auto dims = std::to_string(shape.dim) + " and " + std::to_string(shape.value_dim);
-  expect(shape.dim <= MAX_DIM && shape.value_dim <= MAX_DIM, "q, v", "at most 256 in the last dimension", dims);
+  shape.dtype = dtype_of("q", q);
+  if (shape.dim > MAX_DIM || shape.value_dim > MAX_DIM)
+    refuse("q, v", "at most 256 in the last dimension",
+           std::to_string(shape.dim) + " and " + std::to_string(shape.value_dim));
   const bool grouped = shape.kv_heads > 0 ? shape.q_heads % shape.kv_heads == 0 : shape.q_heads == 0;
-  expect(grouped, "q", "a multiple of " + std::to_string(shape.kv_heads) + " heads", std::to_string(shape.q_heads));
+  if (!grouped)
+    refuse("q", "a multiple of " + std::to_string(shape.kv_heads) + " heads", std::to_string(shape.q_heads));
   return shape;
 }
 
@@ -94,8 +100,8 @@ template <class Tensor>
 Ranges ranges_of(const Shape& shape, const Tensor& q_offsets, const Tensor& k_ranges) {
   expect_sizes("q_offsets", q_offsets, {-1, -1});
   const int64_t batch = q_offsets.size(0), groups = q_offsets.size(1) - 1;
-  const auto tables = "1 or " + std::to_string(shape.batch) + " tables";
-  expect(batch == 1 || batch == shape.batch, "q_offsets", tables, std::to_string(batch));
+  if (batch != 1 && batch != shape.batch)
+    refuse("q_offsets", "1 or " + std::to_string(shape.batch) + " tables", std::to_string(batch));
   expect(groups >= 0, "q_offsets", "at least one column", "none");
   const int32_t* offsets = table("q_offsets", q_offsets, {batch, groups + 1});
   const int32_t* ranges = table("k_ranges", k_ranges, {batch, groups, -1, 2});

@@ -3,7 +3,7 @@
 // chunk while it walks over the query tiles that see it, of all query heads of the group.  A tile's dq has a share from
 // each chunk it sees; chunks add theirs in ascending order, each waiting for its turn: no sum depends on the threads.
 #include <sched.h>
-#include "block_causal_attention/tile.h"
+#include "block_causal_attention/decode.h"
 
 namespace mirasol::MIRASOL_ISA {
 
@@ -22,6 +22,7 @@ struct Buffers {
   float *p, *ds, *ds_terms;    // (BACKWARD_KEYS, TILE)
   float *k, *v, *k_terms;      // (BACKWARD_KEYS, padded dim): what is not read where it lies
   float *dk, *dv;              // (CHUNK, padded dim)
+  float* few_q;                // (FEW, padded dim), where lanes are few
 };
 
 static Buffers buffers(const Shape& shape, float* at, int64_t* size) {
@@ -40,6 +41,7 @@ static Buffers buffers(const Shape& shape, float* at, int64_t* size) {
   b.k = take(BACKWARD_KEYS, dim), b.v = take(BACKWARD_KEYS, value_dim);
   b.k_terms = shape.pairs ? take(BACKWARD_KEYS / 2, dim) : b.k;
   b.dk = take(CHUNK, dim), b.dv = take(CHUNK, value_dim);
+  b.few_q = few_lanes(shape) ? take(FEW, dim) : nullptr;
   *size = at - start;
   return b;
 }
@@ -168,6 +170,7 @@ static void backward_tile(const Backward& g, const Chunk& chunk, const Tile& t, 
   pack_transposed<PAIRS>(q, lanes, shape.dim, b.q_t);
   pack_transposed<PAIRS>(dout, lanes, shape.value_dim, b.dout_t);
   pack_rows<PAIRS>(q, lanes, shape.dim, b.q);
+  if (b.few_q) pack_rows<false>(q, lanes, shape.dim, b.few_q);
   pack_rows<PAIRS>(dout, lanes, shape.value_dim, b.dout);
   zero(b.dq_t, shape.dim * TILE);
   Rows rows = {};
@@ -183,7 +186,8 @@ static void backward_tile(const Backward& g, const Chunk& chunk, const Tile& t, 
     const int64_t key = piece.key - chunk.key;
     const Factor k_rows = rows_of<PAIRS>(k, g.k.row, piece.keys, shape.dim, b.k);
     const Factor k_terms = PAIRS ? terms_of<PAIRS>(k, g.k.row, piece.keys, shape.dim, b.k_terms) : k_rows;
-    scores<PAIRS>(piece.keys, s, b.q_t, shape.dim, k_rows, {b.p, TILE, WIDTH});
+    if (b.few_q) few_scores(piece, s, k, g.k.row, shape.dim, b.few_q, b.p);
+    else scores<PAIRS>(piece.keys, s, b.q_t, shape.dim, k_rows, {b.p, TILE, WIDTH});
     scores<PAIRS>(piece.keys, s, b.dout_t, shape.value_dim,
                   rows_of<PAIRS>(v, g.v.row, piece.keys, shape.value_dim, b.v), {b.ds, TILE, WIDTH});
     softmax_backward<PAIRS>(piece.keys, s, rows, shape.scale, b);

@@ -2,34 +2,53 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <algorithm>
-#include <atomic>
 #include <memory>
-#include <new>
 #include <tuple>
 #include "block_causal_attention/arguments.h"
+#include "common/run.h"
 
 using namespace torch::stable;
 using namespace mirasol::attention;
 
 namespace {
 
-constexpr std::align_val_t ALIGNMENT{64};
 constexpr auto single = torch::headeronly::ScalarType::Float;
-constexpr double LEAST_WORK = 1 << 19;  // multiply-adds for which waking another thread pays
 
-// Threads draw items from a counter and call each(workspace, begin, end): they are begun in ascending order, and no
-// thread idles while there are more.
 template <class Each>
-void run(int64_t items, int64_t workspace, double work, const Each& each) {
-  const auto threads = std::min<int64_t>(torch::stable::get_num_threads(), int64_t(work / LEAST_WORK) + 1);
-  const int64_t workers = std::min(items, threads);
-  std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
-    const auto release = [](float* p) { ::operator delete(p, ALIGNMENT); };
-    std::unique_ptr<float, decltype(release)> space(
-        static_cast<float*>(::operator new(workspace * sizeof(float), ALIGNMENT)), release);
-    for (int64_t item; (item = next++) < items;) each(space.get(), item, item + 1);
-  });
+void run(int64_t items, int64_t workspace, double multiply_adds, const Each& each) {
+  const auto start = [](int64_t n, const auto& work) {
+    torch::stable::parallel_for(0, n, 1, [&](int64_t, int64_t) { work(); });
+  };
+  const int64_t threads = mirasol::threads_for(multiply_adds, torch::stable::get_num_threads());
+  mirasol::share(start, threads, items, workspace, each);
+}
+
+// New, without torch's dispatcher, which takes 1.5 us of a small call for each tensor.
+Tensor empty_strided(int64_t dims, const int64_t* sizes, const int64_t* strides, int32_t dtype) {
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(dims, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+// (batch, heads, rows, dim), contiguous, or a view of (batch, rows, heads, dim).
+Tensor empty(int64_t batch, int64_t heads, int64_t rows, int64_t dim, bool rows_first, int32_t dtype) {
+  const auto some = [](int64_t n) { return std::max<int64_t>(n, 1); };
+  const int64_t row = some(dim) * (rows_first ? some(heads) : 1), head = some(dim) * (rows_first ? 1 : some(rows));
+  const int64_t sizes[] = {batch, heads, rows, dim}, strides[] = {some(heads) * some(rows) * some(dim), head, row, 1};
+  return empty_strided(4, sizes, strides, dtype);
+}
+
+Tensor empty_rows(const Shape& s) {
+  const int64_t row = std::max<int64_t>(s.q_len, 1), head = std::max<int64_t>(s.q_heads, 1) * row;
+  const int64_t sizes[] = {s.batch, s.q_heads, s.q_len}, strides[] = {head, row, 1};
+  return empty_strided(3, sizes, strides, aoti_torch_dtype_float32());
+}
+
+int32_t torch_dtype(const Tensor& x) {
+  int32_t dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  return dtype;
 }
 
 double multiply_adds(const Shape& s) {  // at most: as if every row saw every key
@@ -39,10 +58,10 @@ double multiply_adds(const Shape& s) {  // at most: as if every row saw every ke
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& q_offsets,
                                            const Tensor& k_ranges, double scale) {
   Forward f = forward_of(q, k, v, q_offsets, k_ranges, scale);
+  f.shape.pairs = pairs_pay(f.shape);
   const Shape& s = f.shape;
-  Tensor out = rows_before_heads(q) ? transpose(new_empty(q, {s.batch, s.q_len, s.q_heads, s.value_dim}), 1, 2)
-                                    : new_empty(q, {s.batch, s.q_heads, s.q_len, s.value_dim});
-  Tensor lse = new_empty(q, {s.batch, s.q_heads, s.q_len}, single), lse_low = empty_like(lse);
+  Tensor out = empty(s.batch, s.q_heads, s.q_len, s.value_dim, rows_before_heads(q), torch_dtype(q));
+  Tensor lse = empty_rows(s), lse_low = empty_rows(s);
   f.out = output(out), f.lse = output<float>(lse).data, f.lse_low = output<float>(lse_low).data;
   const int64_t tiles = MIRASOL_CALL(attention_tiles, s), splits = MIRASOL_CALL(attention_splits, s);
   const int64_t part = splits > 1 ? s.batch * s.q_heads * s.q_len * (s.value_dim + 2) : 0;
@@ -58,6 +77,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& q, const Tensor& k, con
 
 // With the strides of x, unless the last one would not be 1.
 Tensor gradient_of(const Tensor& x) {
+  if (x.is_contiguous()) return empty_strided(4, x.sizes().data(), x.strides().data(), torch_dtype(x));
   Tensor g = empty_like(x);
   return g.size(3) <= 1 || g.stride(3) == 1 ? g : new_empty(x, x.sizes());
 }
@@ -69,6 +89,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dout, const Tensor& dl
                                             double scale) {
   Backward g = backward_of(dout, dlse, q, k, v, out, lse, lse_low, q_offsets, k_ranges, k_offsets, q_index, q_ranges,
                            scale);
+  g.shape.pairs = pairs_pay(g.shape);
   const Shape& s = g.shape;
   Tensor dq = gradient_of(q), dk = gradient_of(k), dv = gradient_of(v);
   g.dq = output(dq), g.dk = output(dk), g.dv = output(dv);

@@ -1,26 +1,13 @@
 #pragma once
 // Forward: one item is a few tiles of query rows that share a kv head, walked together over the keys they see, a block
 // of keys at a time, with an online softmax: each block is brought to the cache, and made floats if it must, once for
-// all of them.  Where there are few tiles, as in decoding, the keys are cut into splits, an item each, and their
-// results merged in a second pass.
+// all of them.
 #include <utility>
-#include "block_causal_attention/tile.h"
+#include "block_causal_attention/decode.h"
 
 namespace mirasol::MIRASOL_ISA {
 
-using attention::Forward;
-using attention::PARALLEL;
-using attention::SPLIT_KEYS;
-
 constexpr int FORWARD_KEYS = 192;  // keys of a softmax step
-constexpr int TOGETHER = 4;        // tiles of an item, at most
-
-// As many tiles as half a second-level cache holds with what they sum, but items enough for many threads.
-static int tiles_of_item(const Shape& shape) {
-  const int64_t fit = (256 << 10) / ((shape.dim + shape.value_dim) * TILE * int64_t(sizeof(float)));
-  const int64_t share = attention_tiles(shape) / (2 * PARALLEL), most = fit < TOGETHER ? fit : TOGETHER;
-  return share <= 1 || most <= 1 ? 1 : int(share < most ? share : most);
-}
 
 // Of a block; beside the tiles' part of the cache.  Even, for pairs.
 static int keys_of_block(const Shape& shape) {
@@ -84,20 +71,6 @@ static void weights(const Placed& x, int v, float factor, const Scores& scores, 
   };
   x.span.masked ? all(true) : all(false);
   store(run.total + v * WIDTH, load(run.total + v * WIDTH) + total);
-}
-
-// lse and lse_low of a row from the largest score and the sum of exp(score - top): top + log(total) in two floats.
-static void store_lse(const Forward& f, int64_t row, float top, float total) {
-  const float log_total = __builtin_logf(total), lse = top + log_total;  // -inf where nothing was seen
-  const float moved = lse - top;
-  f.lse[row] = lse;
-  f.lse_low[row] = __builtin_isfinite(lse) ? (top - (lse - moved)) + (log_total - moved) : 0;
-}
-
-// What a split has found for a row: value_dim sums, top, total.
-static float* part_of(const Forward& f, int64_t split, int64_t row) {
-  const Shape& s = f.shape;
-  return f.parts + (split * s.batch * s.q_heads * s.q_len + row) * (s.value_dim + 2);
 }
 
 // A block of keys of one kv head and their values, made ready when the first tile asks.
@@ -180,14 +153,10 @@ static void finish(const Forward& f, Work& w, int64_t split, int64_t splits) {
                     [&](int lane, int64_t d, int n, Vec x) { store_part(to(lane) + d, x, n); });
 }
 
-// Item: tiles [item * tiles_of_item, ...) of a kv head, which has them in the order of tile_of.
 template <bool PAIRS, class T>
 static void forward_item(const Forward& f, int64_t item, int64_t split, int64_t splits, float* space) {
   const Shape& shape = f.shape;
-  const int64_t kv_heads = shape.batch * shape.kv_heads, per_kv_head = attention_tiles(shape) / kv_heads;
-  const int together = tiles_of_item(shape);
-  const int64_t first = item / kv_heads * together;
-  const int count = least(together, per_kv_head - first);
+  const auto [kv_head, first, count] = tiles_of(shape, item);
   const auto take = [&](int64_t floats) { return std::exchange(space, space + floats); };
   const Scores s{take(FORWARD_KEYS * TILE), WIDTH, FORWARD_KEYS * WIDTH};  // in panels
   const int keys = keys_of_block(shape);
@@ -200,7 +169,7 @@ static void forward_item(const Forward& f, int64_t item, int64_t split, int64_t 
   Work work[TOGETHER];
   for (int i = 0; i < count; ++i) {
     Work& w = work[i];
-    w.tile = tile_of(shape, item % kv_heads, first + i);
+    w.tile = tile_of(shape, kv_head, first + i);
     w.q = take(shape.dim * TILE), w.out = take(shape.value_dim * TILE);
     pack_transposed<PAIRS>(lanes_of<const T>(f.q, w.tile), w.tile.lanes(), shape.dim, w.q);
     // The largest product must have the largest score.
@@ -224,47 +193,8 @@ static void forward_item(const Forward& f, int64_t item, int64_t split, int64_t 
   for (int i = 0; i < count; ++i) finish<T>(f, work[i], split, splits);
 }
 
-// The rows of a tile from what its splits have found.
-template <class T>
-static void merge_tile(const Forward& f, const Tile& t, int64_t splits) {
-  const Shape& shape = f.shape;
-  const Lanes<T> out = lanes_of<T>(f.out, t);
-  for (int lane = 0; lane < t.lanes(); ++lane) {
-    const int64_t row = row_number(shape, t, lane);
-    float top = -__builtin_inff(), total = 0;
-    for (int64_t i = 0; i < splits; ++i) {
-      const float of_split = part_of(f, i, row)[shape.value_dim];
-      top = of_split > top ? of_split : top;
-    }
-    const auto factor = [&](int64_t split) {
-      const float of_split = part_of(f, split, row)[shape.value_dim];
-      return of_split == -__builtin_inff() ? 0 : __builtin_expf(of_split - top);
-    };
-    for (int64_t i = 0; i < splits; ++i) total += factor(i) * part_of(f, i, row)[shape.value_dim + 1];
-    const float each = total == 0 ? 0 : 1 / total;
-    for (int64_t d = 0; d < shape.value_dim; d += WIDTH) {
-      const int n = least(WIDTH, shape.value_dim - d);
-      Vec x{};
-      for (int64_t i = 0; i < splits; ++i) x = fma(load_part(part_of(f, i, row) + d, n), broadcast(factor(i)), x);
-      store_part(out(lane) + d, x * each, n);
-    }
-    store_lse(f, row, top, total);
-  }
-}
-
-int64_t attention_splits(const Shape& shape) {
-  const int64_t tiles = attention_tiles(shape), wanted = tiles ? (PARALLEL + tiles - 1) / tiles : 1;
-  const int64_t most = shape.k_len / SPLIT_KEYS;
-  return wanted <= 1 || most <= 1 ? 1 : wanted < most ? wanted : most;
-}
-
-int64_t attention_forward_items(const Shape& shape) {
-  const int64_t kv_heads = shape.batch * shape.kv_heads, together = tiles_of_item(shape);
-  if (kv_heads == 0) return 0;
-  return (attention_tiles(shape) / kv_heads + together - 1) / together * kv_heads * attention_splits(shape);
-}
-
 int64_t attention_workspace(const Shape& shape) {
+  if (few_lanes(shape)) return decode_workspace(shape);
   const int64_t keys = keys_of_block(shape), value_width = padded(shape.value_dim);
   return FORWARD_KEYS * TILE + keys * (padded(shape.dim) + value_width) + (shape.pairs ? keys / 2 * value_width : 0) +
          tiles_of_item(shape) * (shape.dim + shape.value_dim) * TILE;
@@ -272,16 +202,11 @@ int64_t attention_workspace(const Shape& shape) {
 
 void attention_forward(const Forward& f, float* workspace, int64_t begin, int64_t end) {
   const int64_t splits = attention_splits(f.shape);
+  const bool few = few_lanes(f.shape);
   for_dtype(f.shape, [&](auto type, auto pairs) {
     for (int64_t item = begin; item < end; ++item)
-      forward_item<pairs, decltype(type)>(f, item / splits, item % splits, splits, workspace);
-  });
-}
-
-void attention_merge(const Forward& f, int64_t begin, int64_t end) {
-  const int64_t splits = attention_splits(f.shape);
-  for_dtype(f.shape, [&](auto type, auto) {
-    for (int64_t item = begin; item < end; ++item) merge_tile<decltype(type)>(f, tile_of(f.shape, item), splits);
+      if (few) decode_item<decltype(type)>(f, item / splits, item % splits, splits, workspace);
+      else forward_item<pairs, decltype(type)>(f, item / splits, item % splits, splits, workspace);
   });
 }
 

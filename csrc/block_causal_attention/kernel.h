@@ -4,11 +4,12 @@
 // mirasol_kernels/layout.py builds them).  Work is cut into items that do not depend on the number of threads, and each
 // output element is summed in one fixed order: results are bitwise the same for any number of threads.
 #include <cstdint>
+#include "common/dtype.h"
 #include "common/isa.h"
 
 namespace mirasol::attention {
 
-enum class Dtype { float32, bfloat16, float16 };  // of q, k, v, out and their gradients; everything inside is float
+using mirasol::Dtype;
 
 template <class T>  // T is void where the dtype is that of the shape
 struct View {       // a tensor (batch, head, row, element); strides in elements, the last one is 1
@@ -20,7 +21,7 @@ struct Shape {
   int64_t batch, q_heads, kv_heads, q_len, k_len;  // query head h uses kv head h / (q_heads / kv_heads)
   int64_t dim, value_dim;                          // of q and k; of v and out
   float scale;
-  Dtype dtype = Dtype::float32;
+  Dtype dtype = Dtype::float32;  // of q, k, v, out and their gradients
   // bfloat16 products two terms at a time: what chips with VDPBF16PS are for, elsewhere slower.  For even dims only.
   bool pairs = false;
 };

@@ -8,14 +8,11 @@
 #include <utility>
 #include <vector>
 #include "block_causal_attention/kernel.h"
+#include "common/testing.h"
 
 namespace mirasol::attention {
 
-using std::vector;
-
-constexpr float NaN = std::numeric_limits<float>::quiet_NaN();
-inline std::mt19937 generator(2026);
-inline int64_t draw(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(generator); }
+using namespace testing;
 
 struct Tensor {  // (batch, heads, rows, dim), with NaN around it
   int64_t sizes[4], strides[4];
@@ -49,34 +46,6 @@ struct Tensor {  // (batch, heads, rows, dim), with NaN around it
   template <class T>
   View<T> view() { return {memory.data(), strides[0], strides[1], strides[2]}; }
 };
-
-// Halves by their definition: rounded to nearest, ties to even.  `bits`: of the mantissa; exponents from `least` on.
-inline float rounded(float x, Dtype dtype) {
-  if (dtype == Dtype::float32 || !std::isfinite(x) || x == 0) return x;
-  const int bits = dtype == Dtype::bfloat16 ? 7 : 10, least = dtype == Dtype::bfloat16 ? -126 : -14;
-  const double unit = std::ldexp(1.0, std::max(std::ilogb(x), least) - bits), y = std::nearbyint(x / unit) * unit;
-  return dtype == Dtype::float16 && std::abs(y) > 65504 ? std::copysign(std::numeric_limits<float>::infinity(), x) : y;
-}
-
-inline uint16_t encoded(float x, Dtype dtype) {
-  const uint16_t sign = std::signbit(x) ? 0x8000 : 0, bits = dtype == Dtype::bfloat16 ? 7 : 10;
-  const int bias = dtype == Dtype::bfloat16 ? 127 : 15;
-  const uint16_t infinite = uint16_t((2 * bias + 1) << bits);
-  x = rounded(std::abs(x), dtype);
-  if (std::isnan(x)) return infinite | 1;
-  if (std::isinf(x)) return sign | infinite;
-  const int exponent = x == 0 ? 1 - bias : std::max(std::ilogb(x), 1 - bias);
-  const int mantissa = int(std::ldexp(double(x), bits - exponent));  // with the leading 1, which subnormals lack
-  return sign | uint16_t(((exponent + bias - 1) << bits) + mantissa);
-}
-
-inline float decoded(uint16_t x, Dtype dtype) {
-  const int bits = dtype == Dtype::bfloat16 ? 7 : 10, bias = dtype == Dtype::bfloat16 ? 127 : 15;
-  const int exponent = (x & 0x7fff) >> bits, mantissa = x & ((1 << bits) - 1);
-  const float sign = x & 0x8000 ? -1 : 1;
-  if (exponent == 2 * bias + 1) return mantissa ? NaN : sign * std::numeric_limits<float>::infinity();
-  return sign * float(std::ldexp(exponent ? mantissa + (1 << bits) : mantissa, std::max(exponent, 1) - bias - bits));
-}
 
 // The memory of a tensor in its dtype, while a kernel works on it.
 struct Stored {
@@ -278,6 +247,13 @@ inline vector<Problem> problems() {
       {"few queries", {2, 3, 1, 12, 390, 24, 40, scale(24)}, {block_causal(12, 390, 4, 130, 99)}, Tensor::padded},
       {"decode", {2, 6, 2, 3, 3100, 24, 40, scale(24)}, {block_causal(3, 3100, 1, 1033, 99)}, Tensor::padded},
       {"decode with holes", {1, 4, 1, 5, 4200, 16, 8, scale(16)}, {random_sees(5, 4200)}, Tensor::rows_first},
+      {"one row", {2, 3, 3, 1, 3000, 64, 64, scale(64)}, {block_causal(1, 3000, 1, 3000, 1)}, Tensor::rows_first},
+      {"one row, odd", {1, 2, 1, 1, 2200, 33, 17, -0.3f}, {random_sees(1, 2200)}, Tensor::padded},
+      {"rows of few lanes", {1, 2, 2, 3, 2100, 40, 80, scale(40)}, {random_sees(3, 2100)}, Tensor::rows_first},
+      {"heads of few lanes", {2, 8, 1, 1, 130, 128, 256, scale(128)}, {random_sees(1, 130), random_sees(1, 130)}},
+      {"holes of few lanes", {1, 6, 3, 4, 300, 20, 72, scale(20)}, {random_sees(4, 300)}, Tensor::padded},
+      {"few lanes, large logits", {1, 5, 1, 1, 200, 64, 64, scale(64)}, {block_causal(1, 200, 1, 200, 1)},
+       Tensor::plain, 60},
       {"many keys", {1, 2, 1, 150, 1300, 16, 16, scale(16)}, {block_causal(150, 1300, 15, 130, 99)}, Tensor::padded},
       {"causal text", {1, 2, 1, 130, 130, 48, 48, scale(48)}, {block_causal(130, 130, 1, 1, 999)}},
       {"largest dims", {1, 1, 1, 70, 70, 256, 256, scale(256)}, {block_causal(70, 70, 7, 7, 99)}},

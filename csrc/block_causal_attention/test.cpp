@@ -1,14 +1,12 @@
 // Forward and backward against the definition in float64, for the instruction set that MIRASOL_ISA forces, and the
 // bodies of the CUDA kernels on the host.  Needs neither torch nor Python.
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <string>
-#include <thread>
 #include <vector>
 #include "block_causal_attention/problems.h"
 #include "block_causal_attention/rows.h"
@@ -54,22 +52,6 @@ struct Call {
     for (Stored* x : {&out, &dq, &dk, &dv}) x->read_back();
   }
 };
-
-template <class Each>
-void run(int threads, int64_t items, int64_t workspace, Each each) {
-  std::atomic<int64_t> next{0};
-  const auto work = [&] {
-    struct alignas(64) Line { float x[16]; };
-    vector<Line> space((workspace + 15) / 16);
-    for (Line& line : space) std::fill(line.x, line.x + 16, NaN);
-    float* const start = space.empty() ? nullptr : space.data()->x;
-    for (int64_t item; (item = next++) < items;) each(start, item, item + 1);
-  };
-  vector<std::thread> others;
-  for (int i = 1; i < threads; ++i) others.emplace_back(work);
-  work();
-  for (std::thread& other : others) other.join();
-}
 
 Results on_cpu(const Problem& p, const Tables& t, Inputs& in, int threads) {
   Results r = empty_results(p);
@@ -133,20 +115,6 @@ void expect(bool fine, const Problem& p, const std::string& what) {
   std::printf("FAILED %s: %s\n", p.name.c_str(), what.c_str());
 }
 
-// The error may be twice that of the definition in float32, rounded to the dtype, which the arithmetic cannot avoid,
-// plus four ulps of the largest value.
-double excess(Tensor& actual, const vector<double>& exact, double unavoidable, Dtype dtype) {
-  const double ulp = dtype == Dtype::float32 ? 0x1p-23 : dtype == Dtype::float16 ? 0x1p-10 : 0x1p-7;
-  double error = 0, largest = 0;
-  const vector<double> got = actual.values();
-  for (size_t i = 0; i < exact.size(); ++i) {
-    if (std::isinf(exact[i]) ? got[i] != exact[i] : !std::isfinite(got[i])) return INFINITY;
-    if (std::isinf(exact[i])) continue;
-    error = std::max(error, std::abs(got[i] - exact[i])), largest = std::max(largest, std::abs(exact[i]));
-  }
-  return error == 0 ? 0 : error / (2 * unavoidable + 4 * ulp * largest);
-}
-
 double against_definition(const Problem& p, Inputs& in, Results& r, const char* who) {
   static const char* const names[] = {"out", "lse", "dq", "dk", "dv"};
   const vector<vector<double>> exact = definition<double>(p, in);
@@ -161,7 +129,7 @@ double against_definition(const Problem& p, Inputs& in, Results& r, const char* 
       }
   }
   for (int i = 0; i < 5; ++i) {
-    const double used = excess(*r.all()[i], exact[i], unavoidable[i], dtype(i));
+    const double used = excess(r.all()[i]->values(), exact[i], unavoidable[i], dtype(i));
     expect(used <= 1, p, std::string(who) + " " + names[i] + ": error is " + std::to_string(used) + " of its budget");
     worst = std::max(worst, used);
   }

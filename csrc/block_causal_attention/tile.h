@@ -14,13 +14,6 @@ using attention::View;
 
 constexpr int TILE_VECTORS = TILE / WIDTH;
 
-static inline void zero(float* x, int64_t n) {
-  for (int64_t i = 0; i < n; i += WIDTH) store(x + i, Vec{});
-}
-
-static inline int64_t padded(int64_t n) { return (n + WIDTH - 1) / WIDTH * WIDTH; }
-static inline int least(int64_t a, int64_t b) { return int(a < b ? a : b); }
-
 template <class T, class Any>
 static inline T* at(const View<Any>& view, int64_t batch, int64_t head, int64_t row) {
   return static_cast<T*>(view.data) + batch * view.batch + head * view.head + row * view.row;
@@ -228,9 +221,9 @@ static inline void gather(int keys, const Span& s, const Scores& p, const Factor
 template <class Call>
 static inline void for_dtype(const Shape& shape, Call call) {
   switch (shape.dtype) {
-    case attention::Dtype::float32: return call(float{}, std::false_type{});
-    case attention::Dtype::float16: return call(float16{}, std::false_type{});
-    case attention::Dtype::bfloat16:
+    case Dtype::float32: return call(float{}, std::false_type{});
+    case Dtype::float16: return call(float16{}, std::false_type{});
+    case Dtype::bfloat16:
       return shape.pairs ? call(bfloat16{}, std::true_type{}) : call(bfloat16{}, std::false_type{});
   }
 }

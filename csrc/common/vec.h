@@ -80,6 +80,13 @@ static inline void store_part(float* p, Vec x, int n) {
   for (int i = 0; i < n; ++i) p[i] = x[i];
 }
 
+static inline void zero(float* x, int64_t n) {
+  for (int64_t i = 0; i < n; i += WIDTH) store(x + i, Vec{});
+}
+
+static inline int64_t padded(int64_t n) { return (n + WIDTH - 1) / WIDTH * WIDTH; }
+static inline int least(int64_t a, int64_t b) { return int(a < b ? a : b); }
+
 static inline float sum(Vec x) {
   float total = 0;
   for (int i = 0; i < WIDTH; ++i) total += x[i];
@@ -131,6 +138,25 @@ static inline void transpose(Vec (&x)[WIDTH]) {
 #pragma GCC unroll 16
     for (int i = 0; i < WIDTH; ++i) x[i] = y[i];
   }
+}
+
+// Lane i is the sum of x[i]: the steps of a transposition, each halving the vectors by adding what it interleaves.
+static inline Vec sums(Vec (&x)[WIDTH]) {
+#pragma GCC unroll 16
+  for (int half = WIDTH / 2; half > 0; half /= 2)
+#pragma GCC unroll 16
+    for (int i = 0; i < half; ++i) {
+      const Vec a = x[i], b = x[i + half];
+#if defined(__AVX512F__)
+      x[i] = MIRASOL_SHUFFLE(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23) +
+             MIRASOL_SHUFFLE(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+#elif defined(__AVX2__)
+      x[i] = MIRASOL_SHUFFLE(a, b, 0, 8, 1, 9, 2, 10, 3, 11) + MIRASOL_SHUFFLE(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+#else
+      x[i] = MIRASOL_SHUFFLE(a, b, 0, 4, 1, 5) + MIRASOL_SHUFFLE(a, b, 2, 6, 3, 7);
+#endif
+    }
+  return x[0];
 }
 
 }  // namespace mirasol::MIRASOL_ISA

@@ -4,16 +4,14 @@
 #include <pybind11/stl.h>
 #include <unistd.h>
 
-#include <atomic>
 #include <map>
-#include <new>
 #include <stdexcept>
 #include <string>
-#include <thread>
 #include <tuple>
 #include <vector>
 
 #include "block_causal_attention/kernel.h"
+#include "common/run.h"
 
 namespace py = pybind11;
 using namespace mirasol;
@@ -30,21 +28,6 @@ std::map<std::string, long> caches() {  // bytes; 0 where the system does not sa
 
 void expect(bool good, const char* what) {
   if (!good) throw std::invalid_argument(what);
-}
-
-// `threads` threads draw items from a counter, each with a workspace of its own.
-template <class Run>
-void share(int64_t items, int64_t workspace, int threads, Run run) {
-  std::atomic<int64_t> next = 0;
-  const auto work = [&] {
-    float* scratch = new (std::align_val_t(64)) float[workspace];
-    for (int64_t i; (i = next++) < items;) run(scratch, i);
-    ::operator delete[](scratch, std::align_val_t(64));
-  };
-  std::vector<std::thread> others;
-  for (int i = 1; i < threads; ++i) others.emplace_back(work);
-  work();
-  for (std::thread& other : others) other.join();
 }
 
 Shape shape_of(const Floats& q, const Floats& k, const Floats& v, float scale) {
@@ -80,8 +63,8 @@ std::tuple<Floats, Floats> forward(const Floats& q, const Floats& k, const Float
   std::vector<float> lse_low(lse.size()), parts(splits > 1 ? splits * lse.size() * (s.value_dim + 2) : 0);
   const Forward call{s, ranges_of(q_offsets, k_ranges), in(q), in(k), in(v), out(result), lse.mutable_data(),
                      lse_low.data(), parts.data()};
-  share(MIRASOL_CALL(attention_forward_items, s), MIRASOL_CALL(attention_workspace, s), threads,
-        [&](float* scratch, int64_t i) { MIRASOL_CALL(attention_forward, call, scratch, i, i + 1); });
+  share(OwnThreads{}, threads, MIRASOL_CALL(attention_forward_items, s), MIRASOL_CALL(attention_workspace, s),
+        [&](float* space, int64_t begin, int64_t end) { MIRASOL_CALL(attention_forward, call, space, begin, end); });
   if (splits > 1) MIRASOL_CALL(attention_merge, call, 0, tiles);
   return {result, lse};
 }

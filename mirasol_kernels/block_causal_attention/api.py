@@ -7,8 +7,9 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from mirasol_kernels._dispatch import unasked
 from mirasol_kernels.block_causal_attention import reference
-from mirasol_kernels.block_causal_attention.op import OP, fused
+from mirasol_kernels.block_causal_attention.op import OP, fused, fused_eager
 from mirasol_kernels.layout import SnippetLayout
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -75,6 +76,12 @@ def block_causal_attention(
             "(causal: SnippetLayout.uniform(tokens, 1)), any number of query heads per key head works as it is, "
             "and there is no dropout, bias or softcap"
         )
+    if scale is None and backend is None and usual(q, k, v, layout):
+        try:
+            out, lse = fused_eager(OP.backends[0], q, k, v, layout.tables(), q.shape[3] ** -0.5)
+            return (out, lse) if return_lse else out
+        except RuntimeError:  # what the operator refuses, the checks below say better, or another backend does
+            pass
     q, k, v = checked(q, k, v)
     check_scale(OP.name, scale)
     if not isinstance(layout, SnippetLayout):
@@ -88,6 +95,32 @@ def block_causal_attention(
     else:
         out, lse = fused(chosen, q, k, v, tables, scale)
     return (out, lse) if return_lse else out
+
+
+def usual(q: Tensor, k: Tensor, v: Tensor, layout: SnippetLayout) -> bool:
+    """Whether a call is like most on CPUs: plain tensors of the layout's lengths, and nothing that changes what runs.
+
+    The first backend is then the choice, and its operator checks what is not checked here.  All the checks below and a
+    choice that can say why take longer than a small call itself.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and type(q) is type(k) is type(v) is Tensor
+        and q.is_cpu
+        and k.is_cpu
+        and v.is_cpu
+        and q.dtype is not torch.float64
+        and type(layout) is SnippetLayout
+        and layout.batch is None
+        and q.numel() > 0
+        and v.numel() > 0
+        and q.ndim == k.ndim == 4
+        and q.shape[2] == layout.q_len
+        and k.shape[2] == layout.k_len
+        and unasked()
+        and OP.backends[0].absent is None
+        and not torch.is_autocast_enabled("cpu")
+    )
 
 
 def checked(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -123,6 +123,8 @@ PROBLEMS: dict[str, Problem] = {
     "tile": Problem(uniform(2, 64), dim=64),
     "tile_and_one": Problem(uniform(2, 65), dim=64),
     "long": Problem(uniform(20, 52, window=4, sink=1), heads=2, dim=64, view=transposed),
+    "one_row": Problem(cross([1], [1100, 1100], [2]), heads=2, dim=64, view=transposed),
+    "few_rows": Problem(cross([2, 1], [70, 60], [1, 2]), batch=2, heads=2, group=2, dim=33, value_dim=40),
     "sliced": Problem(uniform(3, 20), batch=2, heads=2, group=2, dim=40, view=sliced),
     "scattered": Problem(uniform(3, 6), batch=2, heads=2, view=scattered),
     "scale": Problem(uniform(4, 6), heads=2, scale=-0.3),

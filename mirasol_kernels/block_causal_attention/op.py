@@ -116,21 +116,28 @@ def calls(backend: str) -> dict[str, Any]:
 
 
 def fused(backend: Backend, q: Tensor, k: Tensor, v: Tensor, tables: LayoutTables, scale: float) -> tuple[Tensor, ...]:
-    """out and lse on `backend`, differentiable once.  torch's wrapping of a call costs more than a small call itself:
-    only what is differentiated pays for it, and only under torch.func for what torch.func needs."""
+    """out and lse on `backend`, differentiable once."""
     if not q.stride(3) == k.stride(3) == v.stride(3) == 1:
         q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
-    function: type[Fused] = Fused
     if torch.compiler.is_compiling():  # Dynamo takes no tensor twice
         k, v = k.view_as(k) if k is q else k, v.view_as(v) if v is k or v is q else v
+        return Fused.apply(q, k, v, *tables, scale, backend.name)[:2]
+    return fused_eager(backend, q, k, v, tables, scale)
+
+
+def fused_eager(
+    backend: Backend, q: Tensor, k: Tensor, v: Tensor, tables: LayoutTables, scale: float
+) -> tuple[Tensor, ...]:
+    """The same outside torch.compile.  torch's wrapping of a call costs more than a small call itself: only what is
+    differentiated pays for it, and only under torch.func for what torch.func needs."""
     # Private, but what torch's own autograd.Function asks: torch.func and dual numbers show in no other way.
-    elif torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        function = Transformed
-    elif torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        function = Eager
-    else:
-        return backend.calls["fwd"](q, k, v, tables.q_offsets, tables.k_ranges, scale)[:2]
-    return function.apply(q, k, v, *tables, scale, backend.name)[:2]
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return Transformed.apply(q, k, v, *tables, scale, backend.name)[:2]
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        # What Function.apply does beside these two takes 4 us: unwrapping is for tensors that left torch.func.
+        q, k, v = map(torch._C._functorch.unwrap_if_dead, (q, k, v))
+        return super(torch.autograd.Function, Eager).apply(q, k, v, tables, scale, backend)
+    return backend.calls["fwd"](q, k, v, tables.q_offsets, tables.k_ranges, scale)[:2]
 
 
 class Fused(torch.autograd.Function):
@@ -148,12 +155,7 @@ class Fused(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout, dlse, _):
-        # A gradient may have any strides: that of a sum is one number, expanded.
-        args = unit_stride(dout), dlse.contiguous(), *ctx.saved_tensors, ctx.scale
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph: what AOTAutograd refuses
-            grads = Gradients.apply(*args, ctx.backend)
-        else:
-            grads = calls(ctx.backend)["bwd"](*args)
+        grads = gradients(ctx.backend, dout, dlse, *ctx.saved_tensors, ctx.scale)
         return *grads, None, None, None, None, None, None, None
 
     @staticmethod
@@ -162,16 +164,21 @@ class Fused(torch.autograd.Function):
         return _over_batch(Fused, info.batch_size, in_dims, args, tables=3)
 
 
-class Eager(Fused):
-    """The same for eager calls: a forward that takes ctx spares torch the inspection of signatures, 60 us a call."""
+class Eager(torch.autograd.Function):
+    """The same for eager calls, of out and lse alone: a forward that takes ctx spares torch the inspection of
+    signatures, 60 us a call, and every tensor that torch need not see spares it one."""
 
     @staticmethod
-    def forward(ctx, *inputs):
-        output = Fused.forward(*inputs)
-        Fused.setup_context(ctx, inputs, output)
-        return output
+    def forward(ctx, q, k, v, tables, scale, backend):
+        out, lse, lse_low = backend.calls["fwd"](q, k, v, tables.q_offsets, tables.k_ranges, scale)
+        ctx.save_for_backward(q, k, v, out, lse, lse_low)
+        ctx.rest = backend.name, tables, scale
+        return out, lse
 
-    setup_context = torch.autograd.Function.setup_context  # torch's sign of a forward that takes ctx
+    @staticmethod
+    def backward(ctx, dout, dlse):
+        backend, tables, scale = ctx.rest
+        return *gradients(backend, dout, dlse, *ctx.saved_tensors, *tables, scale), None, None, None
 
 
 class Transformed(Fused):
@@ -180,6 +187,15 @@ class Transformed(Fused):
     @staticmethod
     def jvp(ctx, *_):
         raise once(ctx.backend, "forward-mode differentiation")
+
+
+def gradients(backend: str, dout: Tensor, dlse: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    """dq, dk and dv; args: the rest of the schema's arguments."""
+    # A gradient may have any strides: that of a sum is one number, expanded.
+    dout, dlse = unit_stride(dout), dlse.contiguous()
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph: what AOTAutograd refuses
+        return Gradients.apply(dout, dlse, *args, backend)
+    return calls(backend)["bwd"](dout, dlse, *args)
 
 
 class Gradients(torch.autograd.Function):

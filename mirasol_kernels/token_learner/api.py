@@ -132,6 +132,8 @@ def _tensor(op: str, name: str, x: Tensor, like: Tensor) -> None:
 
 
 def _shaped(op: str, name: str, x: Tensor, like: Tensor, shape: tuple[int | str, ...]) -> None:
+    if isinstance(x, Tensor) and x.shape == shape and x.dtype == like.dtype and x.device == like.device:
+        return  # nearly always; and a small call is over in the time that the rest of this takes for its tensors
     _tensor(op, name, x, like)
     if x.dim() != len(shape) or any(want not in (got, "h", "k") for want, got in zip(shape, x.shape, strict=True)):
         letters = ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "")

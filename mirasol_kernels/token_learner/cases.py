@@ -5,19 +5,23 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mirasol_kernels._check import Case
-from mirasol_kernels.token_learner.api import token_learner
+from mirasol_kernels.token_learner.api import token_learner, token_learner_state
 
 WEIGHTS = ("norm_weight", "norm_bias", "w1", "b1", "w2", "b2")
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Sizes of one call, n: tokens of each source; with positions where placed, counts valid (B, S), spread logits."""
+    """Sizes of one call, n: tokens of each source; with positions where placed, counts valid (B, S), spread logits.
+
+    sliced: sources with gaps between rows, like a part of a larger tensor.  state: of `token_learner_state`.
+    """
 
     n: tuple[int, ...]
     batch: int = 2
@@ -29,6 +33,8 @@ class Problem:
     gelu: str = "tanh"
     spread: float = 1.0
     sliced: bool = False
+    eps: float = 1e-6
+    state: bool = False
 
 
 PROBLEMS: dict[str, Problem] = {
@@ -51,6 +57,10 @@ PROBLEMS: dict[str, Problem] = {
     "large_logits": Problem((40,), spread=1e4),
     "sliced": Problem((20, 12), sliced=True),
     "no_batch": Problem((5,), batch=0),
+    "parts": Problem((900, 20), batch=2, c=24, h=16, placed=True),
+    "state": Problem((19, 8, 0), placed=True, state=True),
+    "state_of_valid": Problem((16, 9), valid=((0, 0), (7, 3)), state=True),
+    "state_of_large_logits": Problem((40,), spread=1e3, state=True),
 }
 
 
@@ -61,7 +71,11 @@ def cases(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 
 
 def case(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Case:
-    problem = PROBLEMS[name]
+    return build(name, PROBLEMS[name], device, dtype)
+
+
+def build(name: str, problem: Problem, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Case:
+    """The name is the seed."""
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
 
     def make(*sizes: int, std: float = 1.0) -> Tensor:
@@ -82,10 +96,19 @@ def case(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = tor
             tensors[f"position{i}"] = make(n, c, std=0.5)
     valid = None if problem.valid is None else torch.tensor(problem.valid, device=device)
 
-    def call(*, backend: str | None = None, **tensors: Tensor) -> Tensor:
+    def call(*, backend: str | None = None, **tensors: Tensor) -> Tensor | tuple[Tensor, ...]:
         sources = [tensors[f"source{i}"] for i in range(len(problem.n))]
         positions = [tensors[f"position{i}"] for i in range(len(problem.n))] if problem.placed else None
         weights = (tensors[name] for name in WEIGHTS)
-        return token_learner(sources, *weights, positions=positions, valid=valid, gelu=problem.gelu, backend=backend)
+        options: dict[str, Any] = {
+            "positions": positions,
+            "valid": valid,
+            "gelu": problem.gelu,
+            "eps": problem.eps,
+            "backend": backend,
+        }
+        if problem.state:
+            return tuple(token_learner_state(sources, *weights, **options))
+        return token_learner(sources, *weights, **options)
 
     return Case(name, call, tensors)

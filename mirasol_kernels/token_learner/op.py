@@ -16,8 +16,8 @@ CALL = (
     "Tensor[] sources, Tensor?[] positions, Tensor norm_weight, Tensor norm_bias, Tensor w1, Tensor b1, Tensor w2, "
     "Tensor b2, Tensor? valid, bool erf, float eps, bool divide"
 )
-# max (B, k), sum (B, k), pooled (B, k, c): with `divide` the finished tokens in the sources' dtype, else the state's
-# weighted sum in float32, like max and sum.
+# max (B, k), sum (B, k), pooled (B, k, c): the finished tokens with `divide`, else the state's weighted sum.  All of it
+# float32: backward subtracts dpooled . pooled from x . dpooled, and a rounding of pooled would be all that is left.
 FWD = f"({CALL}) -> (Tensor, Tensor, Tensor)"
 # With `divide`, dpooled is the gradient of the finished tokens `pooled`, and dsum is none; without, both are those of
 # the state and `pooled` is none.  Results: gradients of the sources, of the positions that are, of the six weights.
@@ -25,11 +25,10 @@ BWD = f"(Tensor dpooled, Tensor? dsum, Tensor max, Tensor sum, Tensor? pooled, {
 
 
 def _fake_fwd(sources: list[Tensor], positions: Any, *weights_and_rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    first, tokens, divide = sources[0], weights_and_rest[4].shape[0], weights_and_rest[-1]
+    first, tokens = sources[0], weights_and_rest[4].shape[0]
     exact = accumulation_dtype(first.dtype)
     maximum = first.new_empty(first.shape[0], tokens, dtype=exact)
-    pooled = first.new_empty(first.shape[0], tokens, first.shape[2], dtype=first.dtype if divide else exact)
-    return maximum, torch.empty_like(maximum), pooled
+    return maximum, torch.empty_like(maximum), maximum.new_empty(*maximum.shape, first.shape[2])
 
 
 def _fake_bwd(
@@ -40,6 +39,15 @@ def _fake_bwd(
 
 
 OP = Op("token_learner", cases=f"{__package__}.cases", fwd=(FWD, _fake_fwd), bwd=(BWD, _fake_bwd))
+
+
+def _native(sources: tuple[Tensor, ...], norm_weight: Tensor, norm_bias: Tensor, w1: Tensor, *rest: Any) -> str | None:
+    if sources[0].dtype == torch.float64:
+        return "no float64"
+    return None if w1.numel() and rest[1].numel() else "at least one channel, hidden unit and learned token"
+
+
+OP.backend("native", "cpu", _native)
 
 
 def _triton(sources: Any, norm_weight: Tensor, norm_bias: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, *_: Any) -> Any:
@@ -91,7 +99,7 @@ def fused(backend: Backend, args: tuple, divide: bool) -> tuple[Tensor, ...]:
     # What kernels take: elements of a token side by side, everything small contiguous, tables (n, c), counts int64.
     sources = tuple(x if x.stride(2) == 1 else x.contiguous() for x in sources)
     positions = tuple(None if x is None else x.reshape(x.shape[-2:]).contiguous() for x in positions)
-    weights = [x.contiguous() for x in weights]
+    weights = [x if x.is_contiguous() else x.contiguous() for x in weights]
     valid = None if valid is None else valid.to(torch.int64).contiguous()
     tensors, rest = (*sources, *positions, *weights), (valid, gelu == "erf", float(eps), divide)
     function: type[Fused] = Fused

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mirasol_kernels import SnippetLayout, block_causal_attention, use_backend
+from mirasol_kernels import SnippetLayout, block_causal_attention, explain, use_backend
 from mirasol_kernels._check import evaluate
 from mirasol_kernels.block_causal_attention import backward, cases, op, reference
 from tests.numerics import assert_close_fp64, assert_within_budget
@@ -209,12 +209,12 @@ def test_parts_merge_through_lse(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", FUSED, indirect=True)
 def test_a_fused_backend_keeps_no_scores(backend: str) -> None:
-    """For backward: q, k, v, out, lse with its lower half, and the tables."""
+    """For backward: q, k, v, out and lse with its lower half; the tables stay the layout's."""
     layout, saved = SnippetLayout.uniform(4, 16), []
     q, k, v = (torch.randn(1, 2, 64, 8, requires_grad=True) for _ in range(3))
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):
         block_causal_attention(q, k, v, layout, backend=backend)
-    assert sum(saved) == 4 * q.numel() + 2 * (2 * 64) + sum(table.numel() for table in layout.tables())
+    assert sum(saved) == 4 * q.numel() + 2 * (2 * 64)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -247,6 +247,31 @@ def test_cuda_is_never_chosen_unverified(monkeypatch: pytest.MonkeyPatch) -> Non
         assert op._cuda(X, None) is None
     monkeypatch.setitem(op.VERIFIED, (9, 0), "results.json")
     assert op._cuda(X, None) is None
+
+
+@pytest.mark.parametrize("name", cases.PROBLEMS)
+def test_the_short_way_is_the_long_one(name: str) -> None:
+    """A call that asks for nothing skips most checks and the choice of a backend; nothing else may differ."""
+    native = served("native")
+    case = cases.build(name, cases.PROBLEMS[name])
+    short, long = evaluate(case, None), evaluate(case, native)
+    assert short.keys() == long.keys()
+    for what, x in long.items():
+        assert torch.equal(short[what], x) and short[what].stride() == x.stride(), what
+    with use_backend("reference"):
+        assert evaluate(case, None).keys() == long.keys()
+
+
+def test_the_short_way_heeds_who_asks() -> None:
+    """Autocast, a backend for the thread, explain: each changes what runs, though the tensors are as usual."""
+    served("native")
+    q = torch.randn(1, 2, 6, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert block_causal_attention(q, q, q, SIX).dtype == torch.bfloat16
+    with use_backend("triton"), pytest.raises(NotImplementedError, match="backend 'triton' refuses this call"):
+        block_causal_attention(q, q, q, SIX)
+    assert explain(block_causal_attention, q, q, q, SIX)["native"] == "runs"
+    assert block_causal_attention(q.double(), q.double(), q.double(), SIX).dtype == torch.float64
 
 
 # -------------------------------------------------------------------- errors

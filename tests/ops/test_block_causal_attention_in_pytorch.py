@@ -124,6 +124,21 @@ def test_torch_func_inside_compile() -> None:
             compiled(q, k, v)
 
 
+def test_a_tensor_that_left_torch_func() -> None:
+    """It still leads to what it was made of, and so does the gradient."""
+    q, k, v = (x.requires_grad_() for x in operands(1))
+    left = []
+
+    def leak(x: Tensor) -> Tensor:
+        left.append(x)
+        return x.sum()
+
+    torch.func.grad(leak)(q)
+    expected = torch.autograd.grad(loss_on(None)(q, k, v), (q, k, v))
+    actual = torch.autograd.grad(loss_on(None)(left[0], k, v), (q, k, v))
+    assert all(map(torch.equal, actual, expected))
+
+
 # -------------------------------------------------------------------- eager, compiled, exported
 
 

@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
+from mirasol_kernels import explain
 from mirasol_kernels._dispatch import use_backend
-from mirasol_kernels.token_learner import TokenLearnerState, cases, token_learner, token_learner_state
+from mirasol_kernels.token_learner import TokenLearnerState, cases, op, token_learner, token_learner_state
 from mirasol_kernels.token_learner.api import _checked
 from mirasol_kernels.token_learner.backward import token_learner_backward, token_learner_state_backward
 from mirasol_kernels.token_learner.reference import pool
-from tests.numerics import GOLDEN_GRADIENT, assert_close_fp64, assert_golden, golden
+from tests.numerics import GOLDEN_GRADIENT, assert_close_fp64, assert_golden, assert_within_budget, golden
 
 WEIGHTS = ("norm_weight", "norm_bias", "w1", "b1", "w2", "b2")
 
@@ -41,18 +42,33 @@ def dense(sources, norm_weight, norm_bias, w1, b1, w2, b2, positions=None, valid
     return torch.einsum("bnk,bnc->bkc", weights, x)
 
 
+FUSED = [b.name for b in op.OP.backends if b.device == "cpu"]
+
+
+def served(backend: str, dtype: torch.dtype = torch.float32) -> str:
+    """The backend, if it takes `dtype` on the CPU here; its reason skips the test."""
+    case = next(cases.cases(dtype=dtype))
+    said = explain(case.call, **case.tensors, backend=backend)[backend]
+    if said != "runs":
+        pytest.skip(f"{backend}: {said}")
+    return backend
+
+
+@pytest.mark.parametrize("backend", ["reference", *FUSED])
 @pytest.mark.parametrize("name", ["tl_v11_small", "tl_v11_4d"])
-def test_golden(name: str) -> None:
+def test_golden(name: str, backend: str) -> None:
     z = golden(name)
+    dtype = torch.float64 if backend == "reference" else torch.float32
+    served(backend, dtype)
     paths = ["LayerNorm_0.scale", "LayerNorm_0.bias"] + [
         f"token_masking.Dense_{i}.{leaf}" for i in (0, 1) for leaf in ("kernel", "bias")
     ]
-    x = torch.from_numpy(z["in.x"]).double().requires_grad_()
+    x = torch.from_numpy(z["in.x"]).to(dtype).requires_grad_()
     # flax kernels are (in, out)
-    weights = [torch.from_numpy(z[f"param.{path}"].T).double().requires_grad_() for path in paths]
-    out = token_learner(x.flatten(1, -2), *weights)
+    weights = [torch.from_numpy(z[f"param.{path}"].T).to(dtype).requires_grad_() for path in paths]
+    out = token_learner(x.flatten(1, -2), *weights, backend=backend)
     assert_golden(out, z["out.y"])
-    grads = torch.autograd.grad(out, [x, *weights], torch.from_numpy(z["cot.y"]).double())
+    grads = torch.autograd.grad(out, [x, *weights], torch.from_numpy(z["cot.y"]).to(dtype))
     assert_golden(grads[0], z["grad_in.x"], tol=GOLDEN_GRADIENT, what="x")
     for path, grad in zip(paths, grads[1:], strict=True):
         assert_golden(grad, z[f"grad_param.{path}"].T, tol=GOLDEN_GRADIENT, what=path)
@@ -225,7 +241,9 @@ def test_sixteen_bit_tokens_have_float32_states(dtype: torch.dtype) -> None:
 
 def test_named_cases_run() -> None:
     for case in cases.cases(dtype=torch.float64):
-        assert case.call(**case.tensors).isfinite().all(), case.name
+        out = case.call(**case.tensors)
+        *_, pooled = (out,) if isinstance(out, Tensor) else out
+        assert pooled.isfinite().all(), case.name
 
 
 def test_vmap() -> None:
@@ -245,11 +263,119 @@ def test_compiles_without_graph_breaks() -> None:
 
 def test_backend_by_name() -> None:
     x, weights = torch.randn(2, 5, 4), random_weights(4, 3, 2, torch.float32)
-    assert torch.equal(token_learner(x, *weights, backend="reference"), token_learner(x, *weights))
+    with use_backend("reference"):
+        assert torch.equal(token_learner(x, *weights), token_learner(x, *weights, backend="reference"))
     with pytest.raises(ValueError, match="backend"):
         token_learner(x, *weights, backend="fast")
-    with use_backend("reference"):
-        token_learner_state(x, *weights)
+
+
+@pytest.mark.parametrize("backend", FUSED)
+class TestFused:
+    """What only a fused backend can get wrong, whichever it is."""
+
+    def arguments(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, list[Tensor]]:
+        return torch.randn(2, 5, 4, dtype=dtype).requires_grad_(), random_weights(4, 3, 2, dtype)
+
+    def test_refuses_by_name(self, backend: str) -> None:
+        served(backend)
+        x, weights = self.arguments(torch.float64)
+        with pytest.raises(NotImplementedError, match="refuses this call: no float64"):
+            token_learner(x, *weights, backend=backend)
+        x, weights = self.arguments()
+        with pytest.raises(NotImplementedError, match="at least one channel, hidden unit and learned token"):
+            token_learner(x, *weights[:4], weights[4][:0], weights[5][:0], backend=backend)
+
+    @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+    def test_what_does_not_count_does_not_leak(self, backend: str, poison: float) -> None:
+        served(backend)
+        _, weights = self.arguments()
+        x, valid = torch.randn(2, 5, 4), torch.tensor([3, 0])
+        clean = x.clone().requires_grad_()
+        x[0, 3:], x[1] = poison, poison
+        x.requires_grad_()
+        results = []
+        for tokens in (clean, x):
+            out = token_learner(tokens, *weights, valid=valid, backend=backend)
+            results.append((out, *torch.autograd.grad(out.sum(), [tokens, *weights])))
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+        assert not results[0][1][0, 3:].any() and not results[0][1][1].any()
+
+    def test_merged_states(self, backend: str) -> None:
+        """Tokens in pieces and as one, with gradients through the merge."""
+        served(backend)
+        x, weights = self.arguments()
+        whole = token_learner(x, *weights, backend=backend)
+        parts = [token_learner_state(piece, *weights, backend=backend) for piece in x.split([2, 0, 3], 1)]
+        merged = reduce(TokenLearnerState.merge, parts).value()
+        exact = token_learner(x.double(), *(w.double() for w in weights))
+        dout = torch.randn_like(whole)
+        assert_within_budget(merged, whole, exact)
+        merged_grads, whole_grads, exact_grads = (
+            torch.autograd.grad(out, [x, *weights[:5]], dout.to(out.dtype), retain_graph=True)
+            for out in (merged, whole, exact)
+        )
+        for got, low, want in zip(merged_grads, whole_grads, exact_grads, strict=True):
+            assert_within_budget(got, low, want.double())
+
+    def test_second_derivatives_and_forward_mode_say_no(self, backend: str) -> None:
+        served(backend)
+        x, weights = self.arguments()
+        (dx,) = torch.autograd.grad(token_learner(x, *weights, backend=backend).sum(), x, create_graph=True)
+        with pytest.raises(NotImplementedError, match="not a second derivative"):
+            dx.sum().backward()
+        with pytest.raises(NotImplementedError, match="not forward-mode differentiation"):
+            torch.func.jvp(lambda y: token_learner(y, *weights, backend=backend), (x,), (x,))
+
+    def test_vmap_over_anything(self, backend: str) -> None:
+        """Tokens, or weights (an ensemble), or both; and gradients under it."""
+        served(backend)
+        x = torch.randn(3, 2, 5, 4)
+        weights = [torch.stack(each) for each in zip(*(random_weights(4, 3, 2, torch.float32) for _ in x), strict=True)]
+
+        def call(x: Tensor, *weights: Tensor) -> Tensor:
+            return token_learner(x, *weights, backend=backend)
+
+        def gradient(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+            return torch.func.grad(lambda *leaves: call(*leaves).square().sum(), tuple(range(7)))(x, *weights)
+
+        for dims in ((0, *[None] * 6), (None, *[0] * 6), (0,) * 7):
+            args = [y if dim == 0 else y[0] for y, dim in zip((x, *weights), dims, strict=True)]
+            rows = [[y[i] if dim == 0 else y for y, dim in zip(args, dims, strict=True)] for i in range(3)]
+            mapped = torch.func.vmap(call, dims)(*args)
+            assert torch.equal(mapped, torch.stack([call(*row) for row in rows]))
+            for i, each in enumerate(torch.func.vmap(gradient, dims)(*args)):
+                assert torch.equal(each, torch.stack([gradient(*row)[i] for row in rows]))
+
+    def test_autocast(self, backend: str) -> None:
+        """Tokens and weights are cast as PyTorch's attention does; the result is of the tokens' dtype."""
+        served(backend, torch.bfloat16)
+        x, weights = self.arguments()
+        with torch.autocast("cpu", torch.bfloat16):
+            out = token_learner(x, *weights, backend=backend)
+        cast = token_learner(x.bfloat16(), *(w.bfloat16() for w in weights), backend=backend)
+        assert out.dtype == torch.float32 and torch.equal(out.bfloat16(), cast)
+        assert all(g.dtype == torch.float32 for g in torch.autograd.grad(out.sum(), [x, *weights]))
+
+    def test_same_tensor_twice_compiles(self, backend: str) -> None:
+        served(backend)
+        x, weights = self.arguments()
+        compiled = torch.compile(token_learner, fullgraph=True, backend="aot_eager")
+        out, eager = compiled((x, x), *weights, backend=backend), token_learner((x, x), *weights, backend=backend)
+        assert torch.equal(out, eager)
+        for a, b in zip(*(torch.autograd.grad(y.sum(), [x, *weights]) for y in (out, eager)), strict=True):
+            torch.testing.assert_close(a, b)
+
+    def test_direct_calls_are_checked(self, backend: str) -> None:
+        served(backend)
+        x, weights = self.arguments()
+        forward = op.calls(backend)["fwd"]
+        rest = (None, False, 1e-6, True)
+        with torch.no_grad():
+            for sources, tables in (([], []), ([x], []), ([x, x[:1]], [None, None]), ([x], [x[0, 1:]])):
+                with pytest.raises(RuntimeError, match="token_learner: "):
+                    forward(sources, tables, *weights, *rest)
+            with pytest.raises(RuntimeError, match="token_learner: w2"):
+                forward([x], [None], *weights[:4], weights[4].T, weights[5], *rest)
 
 
 def good() -> dict:

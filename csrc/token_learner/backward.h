@@ -1,0 +1,341 @@
+#pragma once
+// Backward recomputes the logits, exactly as forward made them.  An item is a few rows of the batch, or a part of the
+// tokens of one: it owns the gradients of its tokens, and adds its share of the weights' to the totals when the item
+// before it has added its own.  With G = sum of dz xhat over all tokens, xhat normalised, the rest is small: dw1 = G
+// norm_weight + db1 norm_bias, dnorm_weight = sum of w1 G over hidden units, dnorm_bias = w1 db1.
+#include <sched.h>
+#include <cstring>
+#include "token_learner/tile.h"
+
+namespace mirasol::MIRASOL_ISA {
+
+using token_learner::Backward;
+
+constexpr int64_t ITEM_TOKENS = 512;  // a share of the weights' gradients costs as much as they are themselves
+constexpr int64_t REST_CHANNELS = 64;
+
+struct Cut {
+  int64_t rows, parts;  // of the batch in an item; items for a row
+};
+
+static Cut cut(const Call& call) {
+  const int64_t n = tokens_of(call), parts = parts_of(call, ITEM_TOKENS);
+  if (parts > 1) return {1, parts};
+  const int64_t enough = n ? (ITEM_TOKENS + n - 1) / n : call.batch, share = call.batch / 64;
+  const int64_t rows = enough < share ? enough : share;
+  return {rows > 1 ? rows : 1, 1};
+}
+
+int64_t token_learner_backward_items(const Call& call) {
+  const Cut c = cut(call);
+  return (call.batch + c.rows - 1) / c.rows * c.parts;
+}
+
+struct Sums {  // over tokens: of the gradients of weights
+  float *w1;   // (h, row): dz times the normalised token
+  float *w2;   // (k, h): ds hidden
+  float *b1, *b2;
+};
+
+static Sums sums(const Call& call, float* at, int64_t* floats = nullptr) {
+  const Sizes size(call);
+  Space space{at};
+  const Sums s{space.take(call.h * size.row), space.take(call.k * size.h), space.take(size.h), space.take(size.k)};
+  if (floats) *floats = space.next - at;
+  return s;
+}
+
+int64_t token_learner_totals(const Call& call) {
+  int64_t floats;
+  sums(call, nullptr, &floats);
+  return floats;
+}
+
+struct BackwardSpace {
+  Tokens tokens;
+  float *hidden, *slope, *z, *dz;  // (rows, h); z without b1
+  float *weights, *ds;             // (rows, k)
+  float* dx;                       // (rows, row)
+  float* dpooled_terms;            // (k / WIDTH, c, WIDTH), for the sum over channels
+  float* both;                     // (rows, h + k): what the two products that end in a token sum over, side by side:
+                                   // dz inverse, weights
+  float* both_rows;                // (c / WIDTH, h + k, WIDTH), for that sum: w1 norm_weight, dpooled
+  float *base, *share, *dsum;      // (k): what is taken from logits; 1 / sum, or 1; gradient of sum
+  float* sums;                     // token_learner_totals
+};
+
+static BackwardSpace backward_space(const Call& call, float* at, int64_t* floats = nullptr) {
+  const Sizes size(call);
+  Space space{at};
+  BackwardSpace s;
+  s.tokens = tokens(size, space);
+  s.hidden = space.take(size.rows * size.h), s.slope = space.take(size.rows * size.h);
+  s.z = space.take(size.rows * size.h), s.dz = space.take(size.rows * size.h);
+  s.weights = space.take(size.rows * size.k), s.ds = space.take(size.rows * size.k);
+  s.dx = space.take(size.rows * size.row);
+  s.dpooled_terms = space.take(size.k * call.c);
+  s.both = space.take(size.rows * (size.h + size.k)), s.both_rows = space.take(size.c * (call.h + call.k + 2));
+  s.base = space.take(size.k), s.share = space.take(size.k), s.dsum = space.take(size.k);
+  s.sums = space.take(token_learner_totals(call));
+  if (floats) *floats = space.next - at;
+  return s;
+}
+
+int64_t token_learner_backward_workspace(const Call& call) {
+  int64_t floats;
+  backward_space(call, nullptr, &floats);
+  return floats;
+}
+
+template <bool PAIRS>
+static inline int64_t terms_of_both(const Call& call) { return terms<PAIRS>(call.h) + terms<PAIRS>(call.k); }
+
+// What a row of the batch brings: the gradient of what it pools, both ways round.
+// dsum = -(dpooled . pooled) is summed as x . dpooled will be: where one token has all the weight, and is what comes
+// out, its ds is 0 to the bit and not what two orders of summation leave.
+template <bool PAIRS>
+static void bring(const Backward& g, const Sizes& size, int64_t batch, const BackwardSpace& s) {
+  const Call& call = g.call;
+  float* const panels = s.both_rows + terms<PAIRS>(call.h) * WIDTH;
+  for (int64_t k = 0; k < size.k; k += WIDTH) {
+    const int rows = least(WIDTH, call.k - k);
+    const int64_t first = batch * call.k + k;
+    for (int i = 0; i < WIDTH; ++i) {
+      s.base[k + i] = i >= rows || g.max[first + i] == -__builtin_inff() ? 0 : g.max[first + i];
+      s.share[k + i] = i >= rows ? 0 : !call.divide || g.sum[first + i] == 0 ? 1 : 1 / g.sum[first + i];
+    }
+    for (int64_t c = 0; c < call.c; c += WIDTH) {
+      const int n = least(WIDTH, call.c - c);
+      Vec x[WIDTH] = {};
+      for (int i = 0; i < rows; ++i) x[i] = load_part(g.dpooled + (first + i) * call.c + c, n);
+      store_terms<PAIRS>(x, rows, panels + c * terms_of_both<PAIRS>(call) + terms<PAIRS>(k) * WIDTH);
+      transpose(x);
+      store_terms<PAIRS>(x, n, s.dpooled_terms + k * terms<PAIRS>(call.c) + terms<PAIRS>(c) * WIDTH);
+    }
+    store(s.dsum + k, Vec{});
+    if (call.divide)
+      product_of_channels<PAIRS>(
+          call, rows,
+          [&](int r, int64_t c) { return load_part(g.pooled + (first + r) * call.c + c, least(WIDTH, call.c - c)); },
+          s.tokens.block, s.dpooled_terms + k * terms<PAIRS>(call.c), WIDTH, s.ds);
+    for (int i = 0; i < rows; ++i) s.dsum[k + i] = call.divide ? -s.ds[i * WIDTH + i] : g.dsum[first + i];
+  }
+}
+
+// Logits become weights, and ds, so far x . dpooled, becomes the gradient of the logits.
+static void softmax_backward(const Sizes& size, const Prepared& p, int rows, const BackwardSpace& s, float* db2) {
+  for (int64_t k = 0; k < size.k; k += WIDTH) {
+    const Vec bias = load(p.b2 + k), base = load(s.base + k), share = load(s.share + k), dsum = load(s.dsum + k);
+    Vec total{};
+    for (int r = 0; r < rows; ++r) {
+      const int64_t at = r * size.k + k;
+      const Vec weight = exp(load(s.weights + at) + bias - base) * share;
+      const Vec ds = weight * (dsum + load(s.ds + at));
+      store(s.weights + at, weight), store(s.ds + at, ds);
+      total += ds;
+    }
+    store(db2 + k, load(db2 + k) + total);
+  }
+}
+
+// Of LayerNorm: with d the gradient of a normalised token, dx = inverse (d - mean(d) - normalised mean(d normalised)).
+// Both means are known before d is, which is linear in dz: mean(d) = dz . w1_mean, mean(d normalised) = dz . z / c.
+// So d inverse and the sum of p dpooled are one product, which leaves this to be taken away, in one pass.
+static void normalise_backward(const Call& call, const Sizes& size, const Prepared& p, int rows, const BackwardSpace& s,
+                               float* dx, int64_t dx_row) {
+  for (int first = 0; first < rows; first += WIDTH) {
+    const int some = least(WIDTH, rows - first);
+    Vec levels[WIDTH] = {}, alongs[WIDTH] = {};
+    for (int i = 0; i < some; ++i)
+      for (int64_t h = 0, at = (first + i) * size.h; h < size.h; h += WIDTH) {
+        const Vec dz = load(s.dz + at + h);
+        levels[i] = fma(dz, load(p.w1_mean + h), levels[i]);
+        alongs[i] = fma(dz, load(s.z + at + h), alongs[i]);
+      }
+    const Vec level = sums(levels), along = sums(alongs) / float(call.c);
+    for (int i = 0; i < some; ++i) {
+      const float inverse = s.tokens.inverse[first + i], mean = s.tokens.mean[first + i];
+      const Vec lift = broadcast(-inverse * level[i]), slope = broadcast(-inverse * inverse * along[i]);
+      const float* const x = s.tokens.x + (first + i) * size.row;
+      float* const row = dx + (first + i) * dx_row;
+      for (int64_t c = 0; c < size.c; c += WIDTH)
+        store(row + c, load(row + c) + fma(load(x + c) - mean, slope, lift));
+    }
+  }
+}
+
+template <bool PAIRS>
+static void side_by_side(const Call& call, const Sizes& size, int rows, const BackwardSpace& s) {
+  for (int r = 0; r < rows; ++r) {
+    float* const to = s.both + r * (size.h + size.k);
+    const auto place = [&](int64_t at, const float* from, int64_t n, float factor) {
+      for (int64_t i = 0; i < n; i += WIDTH) {
+        if constexpr (PAIRS) store_part(reinterpret_cast<bfloat16*>(to) + at + i, load(from + i) * factor, WIDTH);
+        else store(to + at + i, load(from + i) * factor);
+      }
+    };
+    place(0, s.dz + r * size.h, size.h, s.tokens.inverse[r]);
+    place((PAIRS ? 2 : 1) * terms<PAIRS>(call.h), s.weights + r * size.k, size.k, 1);
+  }
+}
+
+template <class T, bool PAIRS>
+static void backward_tile(const Backward& g, const Sizes& size, const Prepared& p, const Tile& tile,
+                          const BackwardSpace& s, bool first) {
+  const Call& call = g.call;
+  const Sums sum = sums(call, s.sums);
+  const int rows = tile.real;
+  T* const to = static_cast<T*>(g.dsources[tile.source]) +
+                (tile.batch * call.sources[tile.source].tokens + tile.token) * call.c;
+  if (rows) {
+    fetch<T>(call, tile, size, s.tokens);
+    logits<PAIRS>(call, size, p, rows, s.tokens, s.hidden, s.slope, s.z, s.weights);
+    if constexpr (PAIRS)
+      product_of_channels<PAIRS>(call, rows, [&](int r, int64_t c) { return load(s.tokens.x + r * size.row + c); },
+                                 s.tokens.block, s.dpooled_terms, size.k, s.ds);
+    else product<PAIRS>(rows, call.c, depth_of(call.c), s.tokens.x, size.row, s.dpooled_terms, size.k, s.ds, size.k);
+    softmax_backward(size, p, rows, s, sum.b2);
+    product_of_rows(rows, call.k, call.k, s.ds, size.k, p.w2_rows, size.h, s.dz);
+    for (int64_t h = 0; h < size.h; h += WIDTH) {
+      Vec total{};
+      for (int64_t at = h; at < rows * size.h; at += size.h) {
+        const Vec dz = load(s.dz + at) * load(s.slope + at);
+        store(s.dz + at, dz);
+        total += dz;
+      }
+      store(sum.b1 + h, load(sum.b1 + h) + total);
+    }
+    gather<false>(rows, call.k, s.ds, size.k, s.hidden, size.h, size.h, sum.w2, size.h, !first);
+    float* dx = s.dx;
+    int64_t dx_row = size.row;
+    if constexpr (sizeof(T) == sizeof(float))
+      if (call.c == size.c) dx = to, dx_row = call.c;
+    side_by_side<PAIRS>(call, size, rows, s);
+    const int64_t both = terms_of_both<PAIRS>(call);
+    product<PAIRS>(rows, both, both, s.both, size.h + size.k, s.both_rows, size.c, dx, dx_row);
+    normalise_backward(call, size, p, rows, s, dx, dx_row);
+    if constexpr (PAIRS) pair_rows(s.dz, rows, size.h, size.h);
+    for (int64_t c = 0; c < size.c; c += DEPTH) {
+      const int n = least(DEPTH, size.c - c);
+      for (int r = 0; r < rows; ++r)
+        for (int i = 0; i < n; i += WIDTH)
+          store(s.tokens.block + r * BLOCK_ROW + i, normalised(size, s.tokens, r, c + i));
+      if constexpr (PAIRS) pair_rows(s.tokens.block, rows, BLOCK_ROW, n);
+      gather<PAIRS>(rows, call.h, s.dz, size.h, s.tokens.block, BLOCK_ROW, n, sum.w1 + c, size.row, !first);
+    }
+    if (static_cast<void*>(dx) != to)
+      for (int r = 0; r < rows; ++r)
+        for (int64_t c = 0; c < call.c; c += WIDTH)
+          store_part(to + r * call.c + c, load(dx + r * dx_row + c), least(WIDTH, call.c - c));
+  }
+  for (int64_t at = rows * call.c, end = tile.rows * call.c; at < end; at += WIDTH)
+    store_part(to + at, Vec{}, least(WIDTH, end - at));
+}
+
+template <class T, bool PAIRS>
+static void backward_item(const Backward& g, int64_t item, const BackwardSpace& s) {
+  const Call& call = g.call;
+  const Sizes size(call);
+  const Prepared p = prepared(call, call.prepared);
+  const Cut c = cut(call);
+  const Sums mine = sums(call, s.sums), total = sums(call, g.totals);
+  zero(mine.b1, size.h), zero(mine.b2, size.k);
+  const int64_t w1_panel = terms<PAIRS>(call.h) * WIDTH, panel = terms_of_both<PAIRS>(call) * WIDTH;
+  for (int64_t i = 0; i < size.c / WIDTH; ++i)
+    std::memcpy(s.both_rows + i * panel, p.w1_rows + i * w1_panel, w1_panel * sizeof(float));
+  bool first = true;
+  const int64_t tiles = tiles_of(call, size), begin = item / c.parts * c.rows, part = item % c.parts;
+  for (int64_t batch = begin; batch < begin + c.rows && batch < call.batch; ++batch) {
+    bring<PAIRS>(g, size, batch, s);
+    for_tiles(call, size, batch, part * tiles / c.parts, (part + 1) * tiles / c.parts, [&](const Tile& tile) {
+      backward_tile<T, PAIRS>(g, size, p, tile, s, first);
+      if (tile.real) first = false;
+    });
+  }
+  while (__atomic_load_n(g.turn, __ATOMIC_ACQUIRE) != item) sched_yield();
+  if (!first) {
+    const auto add = [](float* to, const float* from, int64_t n) {
+      for (int64_t i = 0; i < n; i += WIDTH) store(to + i, load(to + i) + load(from + i));
+    };
+    for (int64_t h = 0; h < call.h; ++h) add(total.w1 + h * size.row, mine.w1 + h * size.row, size.c);
+    add(total.w2, mine.w2, call.k * size.h), add(total.b1, mine.b1, size.h), add(total.b2, mine.b2, size.k);
+  }
+  __atomic_store_n(g.turn, int32_t(item + 1), __ATOMIC_RELEASE);
+}
+
+void token_learner_backward(const Backward& g, float* workspace, int64_t begin, int64_t end) {
+  const BackwardSpace space = backward_space(g.call, workspace);
+  for_dtype(g.call, [&](auto type, auto pairs) {
+    for (int64_t item = begin; item < end; ++item) backward_item<decltype(type), pairs>(g, item, space);
+  });
+}
+
+static int64_t channel_items(const Call& call) { return (call.c + REST_CHANNELS - 1) / REST_CHANNELS; }
+
+int64_t token_learner_backward_rest_items(const Call& call) {
+  return channel_items(call) + tiles_of(call, Sizes(call));
+}
+
+// Of w1 and the norm, for some channels; with the first ones also what has no channels.
+template <class T>
+static void backward_weights(const Backward& g, int64_t begin, int64_t end) {
+  const Call& call = g.call;
+  const Sizes size(call);
+  const Sums total = sums(call, g.totals);
+  const auto in = [](const void* x) { return static_cast<const T*>(x); };
+  T* const* const out = reinterpret_cast<T* const*>(g.dweights);
+  for (int64_t c = begin; c < end; c += WIDTH) {
+    const int n = least(WIDTH, call.c - c);
+    const Vec weight = load_part(in(call.weights.norm_weight) + c, n);
+    const Vec bias = load_part(in(call.weights.norm_bias) + c, n);
+    Vec dweight{}, dbias{};
+    for (int64_t h = 0; h < call.h; ++h) {
+      const Vec w1 = load_part(in(call.weights.w1) + h * call.c + c, n), sum = load(total.w1 + h * size.row + c);
+      const Vec db1 = broadcast(total.b1[h]);
+      dweight = fma(w1, sum, dweight), dbias = fma(w1, db1, dbias);
+      store_part(out[2] + h * call.c + c, fma(sum, weight, db1 * bias), n);
+    }
+    store_part(out[0] + c, dweight, n), store_part(out[1] + c, dbias, n);
+  }
+  if (begin) return;
+  const auto copy = [](const float* from, int64_t count, T* to) {
+    for (int64_t i = 0; i < count; i += WIDTH) store_part(to + i, load(from + i), least(WIDTH, count - i));
+  };
+  for (int64_t k = 0; k < call.k; ++k) copy(total.w2 + k * size.h, call.h, out[4] + k * call.h);
+  copy(total.b1, call.h, out[3]);
+  if (call.divide)  // finished tokens do not depend on b2: it is the same for all tokens of a softmax
+    for (int64_t k = 0; k < call.k; k += WIDTH) store_part(out[5] + k, Vec{}, least(WIDTH, call.k - k));
+  else copy(total.b2, call.k, out[5]);
+}
+
+// Of the table of a tile of tokens: the sum over the batch.
+template <class T>
+static void backward_table(const Backward& g, const Tile& tile) {
+  const Call& call = g.call;
+  T* const to = static_cast<T*>(g.dtables[tile.source]);
+  if (!to) return;
+  const T* const from = static_cast<const T*>(g.dsources[tile.source]);
+  const int64_t n = call.sources[tile.source].tokens * call.c;
+  for (int64_t at = tile.token * call.c, end = at + tile.rows * call.c; at < end; at += WIDTH) {
+    Vec total{};
+    for (int64_t b = 0; b < call.batch; ++b) total += load_part(from + b * n + at, least(WIDTH, end - at));
+    store_part(to + at, total, least(WIDTH, end - at));
+  }
+}
+
+void token_learner_backward_rest(const Backward& g, int64_t begin, int64_t end) {
+  Call call = g.call;
+  call.valid = nullptr;  // tiles of tables: all tokens
+  const Sizes size(call);
+  for_dtype(call, [&](auto type, auto) {
+    using T = decltype(type);
+    const int64_t weights = channel_items(call);
+    int64_t item = begin;
+    for (; item < end && item < weights; ++item)
+      backward_weights<T>(g, item * REST_CHANNELS, least((item + 1) * REST_CHANNELS, call.c));
+    if (item < end)
+      for_tiles(call, size, 0, item - weights, end - weights, [&](const Tile& tile) { backward_table<T>(g, tile); });
+  });
+}
+
+}  // namespace mirasol::MIRASOL_ISA

@@ -1,0 +1,352 @@
+#pragma once
+// What forward and backward share: tiles of tokens and their logits.
+// A tile holds the raw tokens as floats, read from memory once.  Normalised tokens exist for some channels at a time,
+// as one factor of a product; LayerNorm's weight and bias are folded into w1 and b1.
+// With PAIRS the factors of the large products, those that have channels on a side, are bfloat16, two terms of the sum
+// in 32 bits; the small ones between hidden units and learned tokens stay floats.
+#include <type_traits>
+#include "common/gemm.h"
+#include "token_learner/gelu.h"
+#include "token_learner/kernel.h"
+
+namespace mirasol::MIRASOL_ISA {
+
+using token_learner::Call;
+using token_learner::Source;
+
+constexpr int64_t TILE_BYTES = 208 << 10;  // beside weights and sums a tile stays in a second-level cache
+constexpr int64_t DEPTH = 128;             // terms of a product at a time: its panels stay in a first-level cache
+constexpr int64_t BLOCK_ROW = DEPTH + 16;  // an odd number of cache lines, as is Sizes::row
+
+// Of so many terms, how many to sum from zero before they join the rest: a short sum is summed in two halves, for its
+// rounding.
+static inline int64_t depth_of(int64_t terms) {
+  const int64_t half = (terms / 2 + 15) / 16 * 16;
+  return half < 16 ? 16 : half < DEPTH ? half : DEPTH;
+}
+
+template <bool PAIRS>
+static constexpr int64_t terms(int64_t n) { return PAIRS ? (n + 1) / 2 : n; }
+
+// Whole vectors of everything; rows of c are an odd number of cache lines apart, so that a column of them spreads over
+// all sets of a cache.
+struct Sizes {
+  int64_t c, h, k, row;
+  int rows;  // tokens of a tile, at most
+  explicit Sizes(const Call& call) : c(padded(call.c)), h(padded(call.h)), k(padded(call.k)) {
+    row = ((call.c + 15) / 16 | 1) * 16;
+    const int64_t fit = TILE_BYTES / (row * int64_t(sizeof(float))) / 8 * 8;
+    rows = int(fit < 16 ? 16 : fit > 128 ? 128 : fit);
+  }
+};
+
+// Hands out consecutive pieces of a workspace.
+struct Space {
+  float* next;
+  float* take(int64_t floats) {
+    float* const taken = next;
+    next += (floats + 15) / 16 * 16;
+    return taken;
+  }
+};
+
+static inline int64_t tiles_of(const Source& source, const Sizes& size) {
+  return (source.tokens + size.rows - 1) / size.rows;
+}
+
+static inline int64_t tiles_of(const Call& call, const Sizes& size) {  // of a row of the batch
+  int64_t tiles = 0;
+  for (int64_t i = 0; i < call.count; ++i) tiles += tiles_of(call.sources[i], size);
+  return tiles;
+}
+
+static inline int64_t tokens_of(const Call& call) {
+  int64_t tokens = 0;
+  for (int64_t i = 0; i < call.count; ++i) tokens += call.sources[i].tokens;
+  return tokens;
+}
+
+// Parts of a row of the batch, an item each: 64 items if each has `enough` tokens, and up to 8 already if it has 48,
+// for which what a part costs beyond its tokens is a tenth.
+static inline int64_t parts_of(const Call& call, int64_t enough) {
+  const auto fit = [&](int64_t items, int64_t least) {
+    const int64_t want = call.batch ? items / call.batch : 1, most = tokens_of(call) / least;
+    return want < most ? want : most;
+  };
+  const int64_t many = fit(64, enough), few = fit(8, 48), parts = many > few ? many : few;
+  const int64_t tiles = tiles_of(call, Sizes(call));
+  return parts <= 1 ? 1 : parts < tiles ? parts : tiles;
+}
+
+struct Tile {
+  int64_t source, batch, token;
+  int rows, real;  // tokens, and how many of them count
+};
+
+// Calls each(tile) for tiles [begin, end) of a row of the batch.
+template <class Each>
+static inline void for_tiles(const Call& call, const Sizes& size, int64_t batch, int64_t begin, int64_t end,
+                             Each each) {
+  int64_t before = 0;
+  for (int64_t i = 0; i < call.count; ++i) {
+    const int64_t n = call.sources[i].tokens, tiles = tiles_of(call.sources[i], size);
+    int64_t valid = call.valid ? call.valid[batch * call.count + i] : n;
+    valid = valid < 0 ? 0 : valid > n ? n : valid;
+    for (int64_t t = begin > before ? begin - before : 0; t < tiles && before + t < end; ++t) {
+      const int64_t first = t * n / tiles, last = (t + 1) * n / tiles;  // of nearly the same size
+      const int real = valid <= first ? 0 : least(last - first, valid - first);
+      each(Tile{i, batch, first, int(last - first), real});
+    }
+    before += tiles;
+  }
+}
+
+struct Prepared {
+  float* w1_terms;  // (h / WIDTH, c, WIDTH): w1 norm_weight, for the sum over channels
+  float* w1_rows;   // (c / WIDTH, h, WIDTH): the same, for the sum over hidden units
+  float* b1;        // (h) b1 + w1 norm_bias
+  float* w1_mean;   // (h) of w1 norm_weight over channels
+  float* w2_terms;  // (h, k)
+  float* w2_rows;   // (k, h)
+  float* b2;        // (k)
+};
+
+static Prepared prepared(const Call& call, float* at, int64_t* floats = nullptr) {
+  const Sizes size(call);
+  Space space{at};
+  Prepared p;
+  p.w1_terms = space.take(size.h * call.c), p.w1_rows = space.take(size.c * call.h), p.b1 = space.take(size.h);
+  p.w1_mean = space.take(size.h);
+  p.w2_terms = space.take(call.h * size.k), p.w2_rows = space.take(call.k * size.h), p.b2 = space.take(size.k);
+  if (floats) *floats = space.next - at;
+  return p;
+}
+
+int64_t token_learner_prepared(const Call& call) {
+  int64_t floats;
+  prepared(call, nullptr, &floats);
+  return floats;
+}
+
+// Kernels are written once and compiled for each dtype: each(T{}, pairs).
+template <class Do>
+static inline void for_dtype(const Call& call, Do each) {
+  switch (call.dtype) {
+    case Dtype::float32: return each(float{}, std::false_type{});
+    case Dtype::float16: return each(float16{}, std::false_type{});
+    case Dtype::bfloat16:
+      return call.pairs ? each(bfloat16{}, std::true_type{}) : each(bfloat16{}, std::false_type{});
+  }
+}
+
+// Vectors x[0 .. n) to `to`, one after the other; or half as many, of pairs (0 is the partner of an odd last one).
+template <bool PAIRS>
+static inline void store_terms(const Vec (&x)[WIDTH], int n, float* to) {
+  for (int i = 0; i < n; i += PAIRS ? 2 : 1, to += WIDTH) {
+    if constexpr (PAIRS) store(to, pair(x[i], x[i + 1]));
+    else store(to, x[i]);
+  }
+}
+
+int64_t token_learner_prepare_items(const Call& call) { return Sizes(call).h / WIDTH + 1; }
+
+// Hidden units [h, h + WIDTH) of w1.
+template <class T, bool PAIRS>
+static void prepare_w1(const Call& call, int64_t h) {
+  const Prepared p = prepared(call, call.prepared);
+  const T *w1 = static_cast<const T*>(call.weights.w1), *weight = static_cast<const T*>(call.weights.norm_weight);
+  const T *bias = static_cast<const T*>(call.weights.norm_bias), *b1 = static_cast<const T*>(call.weights.b1);
+  const int rows = least(WIDTH, call.h - h);
+  Vec moved[WIDTH] = {}, level[WIDTH] = {};
+  for (int64_t c = 0; c < call.c; c += WIDTH) {
+    const int n = least(WIDTH, call.c - c);
+    const Vec gamma = load_part(weight + c, n), beta = load_part(bias + c, n);
+    Vec x[WIDTH] = {};
+    for (int i = 0; i < rows; ++i) {
+      x[i] = load_part(w1 + (h + i) * call.c + c, n);
+      moved[i] = fma(x[i], beta, moved[i]);
+      x[i] *= gamma;
+      level[i] += x[i];
+    }
+    store_terms<PAIRS>(x, rows, p.w1_rows + c * terms<PAIRS>(call.h) + terms<PAIRS>(h) * WIDTH);
+    transpose(x);
+    store_terms<PAIRS>(x, n, p.w1_terms + h * terms<PAIRS>(call.c) + terms<PAIRS>(c) * WIDTH);
+  }
+  store(p.b1 + h, sums(moved) + load_part(b1 + h, rows));
+  store(p.w1_mean + h, sums(level) / float(call.c));
+}
+
+template <class T>
+static void prepare_w2(const Call& call) {
+  const Prepared p = prepared(call, call.prepared);
+  const Sizes size(call);
+  const T *w2 = static_cast<const T*>(call.weights.w2), *b2 = static_cast<const T*>(call.weights.b2);
+  for (int64_t k = 0; k < call.k; k += WIDTH) {
+    for (int64_t h = 0; h < call.h; h += WIDTH) {
+      const int n = least(WIDTH, call.h - h);
+      Vec x[WIDTH] = {};
+      for (int i = 0; i < WIDTH && k + i < call.k; ++i) {
+        x[i] = load_part(w2 + (k + i) * call.h + h, n);
+        store(p.w2_rows + (k + i) * size.h + h, x[i]);
+      }
+      transpose(x);
+      for (int j = 0; j < n; ++j) store(p.w2_terms + (h + j) * size.k + k, x[j]);
+    }
+    store(p.b2 + k, load_part(b2 + k, least(WIDTH, call.k - k)));
+  }
+}
+
+void token_learner_prepare(const Call& call, int64_t begin, int64_t end) {
+  for_dtype(call, [&](auto type, auto pairs) {
+    for (int64_t item = begin; item < end; ++item)
+      if (item == 0) prepare_w2<decltype(type)>(call);
+      else prepare_w1<decltype(type), pairs>(call, (item - 1) * WIDTH);
+  });
+}
+
+struct Tokens {  // of a tile
+  float* x;                 // (rows, row), zeros from c to the next whole vector
+  float *mean, *inverse;    // (rows): (x - mean) inverse is normalised
+  float* block;             // (rows, BLOCK_ROW): of some channels, as a product wants them
+};
+
+static Tokens tokens(const Sizes& size, Space& space) {
+  return {space.take(size.rows * size.row), space.take(size.rows), space.take(size.rows),
+          space.take(size.rows * BLOCK_ROW)};
+}
+
+// Two rows of a tile at a time: while the sum of one is on its way, the other has work to do.
+template <class T>
+static void fetch(const Call& call, const Tile& tile, const Sizes& size, const Tokens& to) {
+  const Source& source = call.sources[tile.source];
+  const T* const x = static_cast<const T*>(source.data) + tile.batch * source.batch + tile.token * source.row;
+  const T* const table = source.table ? static_cast<const T*>(source.table) + tile.token * call.c : nullptr;
+  const Bits last = lanes_between(0, int(call.c - size.c + WIDTH));  // of the last vector
+  const int64_t whole = size.c - WIDTH;
+  constexpr int SUMS = 4;  // at a time: one alone would wait for each addition
+  // The mean over channels of what add(c, Vec{}) gives; add(c, sum) adds it to a sum.
+  const auto average = [&](auto add) {
+    Vec sums[SUMS] = {};
+    int64_t c = 0;
+    for (; c + (SUMS - 1) * WIDTH < whole; c += SUMS * WIDTH)
+#pragma GCC unroll 4
+      for (int i = 0; i < SUMS; ++i) sums[i] = add(c + i * WIDTH, sums[i]);
+    for (; c < whole; c += WIDTH) sums[0] = add(c, sums[0]);
+    sums[1] += keep(last, add(whole, Vec{}));
+    return sum((sums[0] + sums[1]) + (sums[2] + sums[3])) / float(call.c);
+  };
+  const auto mean = [&](int r) {
+    float* const row = to.x + r * size.row;
+    to.mean[r] = average([&](int64_t c, Vec sum) {
+      const int n = least(WIDTH, call.c - c);
+      Vec value = load_part(x + r * source.row + c, n);
+      if (table) value += load_part(table + r * call.c + c, n);
+      store(row + c, value);
+      return sum + value;
+    });
+  };
+  const auto inverse = [&](int r) {
+    const float *const row = to.x + r * size.row, mean = to.mean[r];
+    const float variance = average([&](int64_t c, Vec sum) {
+      const Vec centred = load(row + c) - mean;
+      return fma(centred, centred, sum);
+    });
+    to.inverse[r] = 1 / __builtin_sqrtf(variance + call.eps);
+  };
+  for (int r = 0; r < tile.real; r += 2) {
+    const bool both = r + 1 < tile.real;
+    mean(r);
+    if (both) mean(r + 1);
+    inverse(r);
+    if (both) inverse(r + 1);
+  }
+}
+
+// Normalised channels [c, c + WIDTH) of a token.
+static inline Vec normalised(const Sizes& size, const Tokens& t, int token, int64_t c) {
+  return (load(t.x + token * size.row + c) - t.mean[token]) * t.inverse[token];
+}
+
+// Rows (rows, row) of floats, `columns` of them: as rows of bfloat16.  From and to may be the same.
+static inline void narrow_rows(const float* from, int rows, int64_t row, int64_t columns, float* to) {
+  for (int r = 0; r < rows; ++r)
+    for (int64_t c = 0; c < columns; c += WIDTH)
+      store_part(reinterpret_cast<bfloat16*>(to + r * row) + c, load(from + r * row + c), WIDTH);
+}
+
+// Rows of floats 2 i and 2 i + 1 as pairs in row i, in place.
+static inline void pair_rows(float* x, int rows, int64_t row, int64_t columns) {
+  for (int r = 0; r < rows; r += 2)
+    for (int64_t c = 0; c < columns; c += WIDTH)
+      store(x + r / 2 * row + c, pair(load(x + r * row + c), r + 1 < rows ? load(x + (r + 1) * row + c) : Vec{}));
+}
+
+// to (n, m) = A (n, terms) B, with B in panels (m / WIDTH, terms, WIDTH), `depth` terms at a time; with PAIRS terms are
+// pairs, of both.
+template <bool PAIRS>
+static inline void product(int n, int64_t terms, int64_t depth, const float* a, int64_t a_row, const float* panels,
+                           int64_t m, float* to, int64_t to_row, bool add = false) {
+  for (int64_t t = 0; t < terms; t += depth)
+    gemm<PAIRS>({.vectors = int(m / WIDTH), .n = n, .k = least(depth, terms - t), .a = panels + t * WIDTH, .a_k = WIDTH,
+                 .a_v = terms * WIDTH, .b = a + t, .b_n = a_row, .b_k = 1, .c = to, .c_n = to_row, .c_v = WIDTH,
+                 .add = add || t > 0});
+}
+
+// to (rows, m) = X B over the channels, with B in panels (m / WIDTH, terms of c, WIDTH); value(row, c): a vector of X.
+template <bool PAIRS, class Value>
+static inline void product_of_channels(const Call& call, int rows, Value value, float* block, const float* panels,
+                                       int64_t m, float* to) {
+  const int64_t channels = (PAIRS ? 2 : 1) * depth_of(terms<PAIRS>(call.c));
+  for (int64_t c = 0; c < call.c; c += channels) {
+    const int n = least(channels, call.c - c);
+    for (int r = 0; r < rows; ++r)
+      for (int i = 0; i < n; i += WIDTH) {
+        const Vec x = value(r, c + i);
+        float* const at = block + r * BLOCK_ROW;
+        if constexpr (PAIRS) store_part(reinterpret_cast<bfloat16*>(at) + i, x, WIDTH);
+        else store(at + i, x);
+      }
+    gemm<PAIRS>({.vectors = int(m / WIDTH), .n = rows, .k = int(terms<PAIRS>(n)), .a = panels + terms<PAIRS>(c) * WIDTH,
+                 .a_k = WIDTH, .a_v = terms<PAIRS>(call.c) * WIDTH, .b = block, .b_n = BLOCK_ROW, .b_k = 1, .c = to,
+                 .c_n = m, .c_v = WIDTH, .add = c > 0});
+  }
+}
+
+// to (n, m) = A (n, terms) B with B as rows (terms, m): the small products.
+static inline void product_of_rows(int n, int64_t terms, int64_t depth, const float* a, int64_t a_row,
+                                   const float* rows, int64_t m, float* to) {
+  for (int64_t t = 0; t < terms; t += depth)
+    gemm({.vectors = int(m / WIDTH), .n = n, .k = least(depth, terms - t), .a = rows + t * m, .a_k = m, .a_v = WIDTH,
+          .b = a + t, .b_n = a_row, .b_k = 1, .c = to, .c_n = m, .c_v = WIDTH, .add = t > 0});
+}
+
+// sum (n, m) += or = A^T B over the tokens, or pairs of them, with A (tokens, n) and B (tokens, m).
+template <bool PAIRS>
+static inline void gather(int tokens, int64_t n, const float* a, int64_t a_row, const float* b, int64_t b_row,
+                          int64_t m, float* sum, int64_t sum_row, bool add) {
+  gemm<PAIRS>({.vectors = int(m / WIDTH), .n = int(n), .k = int(terms<PAIRS>(tokens)), .a = b, .a_k = b_row,
+               .a_v = WIDTH, .b = a, .b_n = 1, .b_k = a_row, .c = sum, .c_n = sum_row, .c_v = WIDTH, .add = add});
+}
+
+// hidden (rows, h), logits (rows, k) without b2; if asked for, slopes of the GELU, and z (rows, h) without b1.
+template <bool PAIRS>
+static void logits(const Call& call, const Sizes& size, const Prepared& p, int rows, const Tokens& x, float* hidden,
+                   float* slope, float* z, float* to) {
+  product_of_channels<PAIRS>(call, rows, [&](int r, int64_t c) { return normalised(size, x, r, c); }, x.block,
+                             p.w1_terms, size.h, hidden);
+  const auto each = [&](auto gelu) {
+    for (int64_t h = 0; h < size.h; h += WIDTH) {
+      const Vec bias = load(p.b1 + h);
+      for (int64_t at = h; at < rows * size.h; at += size.h) {
+        Vec rise{};
+        const Vec sum = load(hidden + at);
+        store(hidden + at, gelu(sum + bias, slope ? &rise : nullptr));
+        if (slope) store(slope + at, rise), store(z + at, sum);
+      }
+    }
+  };
+  call.erf ? each(gelu_erf) : each(gelu_tanh);
+  product_of_rows(rows, call.h, depth_of(call.h), hidden, size.h, p.w2_terms, size.k, to);
+}
+
+}  // namespace mirasol::MIRASOL_ISA
