@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -113,7 +112,7 @@ def test_budget(name: str, kind: str, dtype: torch.dtype, monkeypatch: pytest.Mo
     use_tiles(monkeypatch, 16 if longest <= 48 else 32 if longest <= 128 else 64, 16 if problem.c <= 64 else 64)
     if kind == "state":
         as_state(monkeypatch)
-    assert_right(cases.case(name, dtype=dtype), orders=3 * (kind == "state"))
+    assert_right(cases.case(name, dtype=dtype), orders=7 * (kind == "state"))
 
 
 @pytest.mark.parametrize("kind", ["tokens", "state"])
@@ -164,7 +163,7 @@ def test_reads_only_its_inputs(name: str, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_large_mean() -> None:
-    """Tokens whose mean is a hundred times their spread, and such whose first block of channels is far from the rest."""
+    """Tokens with a mean of a hundred times their spread, and some whose first channels are far from the rest."""
     case = cases.case("sources")
     tensors = dict(case.tensors)
     tensors["source0"] = tensors["source0"] + 100

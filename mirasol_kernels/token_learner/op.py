@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from mirasol_kernels._dispatch import Backend, Op
+from mirasol_kernels._dispatch import Backend, Op, wanted_backend
 from mirasol_kernels.token_learner.state import accumulation_dtype
 
 # Of a forward: what `api` has checked.  valid (B, S) are integers; erf says which GELU.
@@ -50,15 +50,27 @@ def _native(sources: tuple[Tensor, ...], norm_weight: Tensor, norm_bias: Tensor,
 OP.backend("native", "cpu", _native)
 
 
-def _triton(sources: Any, norm_weight: Tensor, norm_bias: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, *_: Any) -> Any:
+# Compute capabilities for which every tile of its table is known to compile, fit and spill in no loop.
+COMPILED = (80, 90)
+
+
+def _triton(
+    sources: Any, norm_weight: Tensor, norm_bias: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, *rest: Any
+) -> str | None:
     if w1.dtype == torch.float64:
         return "no float64"
     if torch.version.hip:
         return "NVIDIA GPUs only"
-    if torch.cuda.get_device_capability(w1.device) < (8, 0):
+    major, minor = torch.cuda.get_device_capability(w1.device)
+    if major < 8:
         return "compute capability below 8.0"
     (h, c), k = w1.shape, w2.shape[0]
-    return None if 0 < c <= 2048 and 0 < h <= 256 and 0 < k <= 512 else "c up to 2048, h up to 256 and k up to 512 only"
+    if not (0 < c <= 2048 and 0 < h <= 256 and 0 < k <= 512):
+        return "c up to 2048, h up to 256 and k up to 512 only"
+    named = rest[-1] or wanted_backend()
+    if named != "triton" and 10 * major + minor not in COMPILED:
+        return "not yet compiled for this GPU in tests: runs only if asked for by name"
+    return None
 
 
 def _triton_fwd(*args: Any) -> tuple[Tensor, ...]:

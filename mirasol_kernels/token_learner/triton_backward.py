@@ -120,8 +120,8 @@ def prepare_launch(
     """The kernel that brings both kinds of call to one form, and what it fills: ds = p rho (g x + offset) with rho and
     offset (B, k), and g (B, k, c) in the tokens' dtype.
 
-    Finished tokens have g = dout, rho = 1 / sum and offset = -(dout . out).  The gradient of a state is float32 and may
-    lie outside the range of float16: there rho is the size of a row, as a power of two.
+    Finished tokens have rho = 1 / sum and offset = -(g . out), a state rho = 1 and offset = dsum.  Gradients are
+    float32 and may lie outside the range of float16: where g has 16 bits, the size of a row, a power of two, is in rho.
     """
     batch, k, c = dpooled.shape
     lines = total.new_empty(2, batch, k)
@@ -152,32 +152,37 @@ def prepare(
     """Some learned tokens, of any batch row."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
     live = row < rows
-    if pooled is not None:
-        # The diagonal of a product that adds as `score_gradient` does: a learned token that is one token exactly, as
-        # it is where there is only one, has a gradient of exactly 0.
-        product = tl.zeros([BLOCK_K, BLOCK_K], tl.float32)
+    largest = tl.full([BLOCK_K], 1.0, tl.float32)
+    if SCALED:
+        largest = tl.full([BLOCK_K], 1e-18, tl.float32)
         for first in range(0, C, BLOCK_C):
             at, mask = within(row, live, first, C, BLOCK_C)
             line = tl.load(dpooled + at, mask=mask, other=0.0)
+            largest = tl.maximum(largest, tl.max(tl.abs(line), 1))
+        largest = tl.exp2(tl.ceil(tl.log2(largest)))
+        for first in range(0, C, BLOCK_C):
+            at, mask = within(row, live, first, C, BLOCK_C)
+            line = tl.load(dpooled + at, mask=mask, other=0.0) / largest[:, None]
+            tl.store(g + at, line.to(g.dtype.element_ty), mask=mask)
+    if pooled is not None:
+        # The diagonal of a product that adds as `score_gradient` does: a learned token that is one token exactly, as
+        # it is where there is only one, has a gradient of exactly 0.  Of 16 bits in two terms: pooled has more.
+        product = tl.zeros([BLOCK_K, BLOCK_K], tl.float32)
+        rest = tl.zeros([BLOCK_K, BLOCK_K], tl.float32)
+        for first in range(0, C, BLOCK_C):
+            at, mask = within(row, live, first, C, BLOCK_C)
+            line = (tl.load(dpooled + at, mask=mask, other=0.0) / largest[:, None]).to(g.dtype.element_ty)
             out = tl.load(pooled + at, mask=mask, other=0.0)
-            product = add_product(product, line, tl.trans(out))
+            high = out.to(g.dtype.element_ty)
+            product = add_product(product, line, tl.trans(high))
+            if SCALED:
+                low = (out - high.to(tl.float32)).to(g.dtype.element_ty)
+                rest = add_product(rest, line, tl.trans(low))
         diagonal = tl.arange(0, BLOCK_K)[:, None] == tl.arange(0, BLOCK_K)[None, :]
         weight = tl.load(total + row, mask=live, other=1.0)
-        tl.store(rho + row, 1 / tl.where(weight == 0, 1.0, weight), mask=live)
-        tl.store(offset + row, -tl.sum(tl.where(diagonal, product, 0.0), 1), mask=live)
+        tl.store(rho + row, largest / tl.where(weight == 0, 1.0, weight), mask=live)
+        tl.store(offset + row, -tl.sum(tl.where(diagonal, product + rest, 0.0), 1), mask=live)
     else:
-        largest = tl.full([BLOCK_K], 1.0, tl.float32)
-        if SCALED:
-            largest = tl.full([BLOCK_K], 1e-18, tl.float32)
-            for first in range(0, C, BLOCK_C):
-                at, mask = within(row, live, first, C, BLOCK_C)
-                line = tl.load(dpooled + at, mask=mask, other=0.0)
-                largest = tl.maximum(largest, tl.max(tl.abs(line), 1))
-            largest = tl.exp2(tl.ceil(tl.log2(largest)))
-            for first in range(0, C, BLOCK_C):
-                at, mask = within(row, live, first, C, BLOCK_C)
-                line = tl.load(dpooled + at, mask=mask, other=0.0) / largest[:, None]
-                tl.store(g + at, line.to(g.dtype.element_ty), mask=mask)
         tl.store(rho + row, largest, mask=live)
         tl.store(offset + row, tl.load(dsum + row, mask=live, other=0.0) / largest, mask=live)
 
