@@ -1,9 +1,11 @@
-"""What Triton kernels of any op share: a launch as a value, tiles of rows, units of the exponential."""
+"""What Triton kernels of any op share: the machine, a launch as a value, tiles of rows, units of the exponential."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -11,6 +13,27 @@ from torch import Tensor
 # exp(x) = exp2(x log2(e)): the chip has exp2 only, so scores are kept in units of log2 from the start.
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+
+
+class Machine(NamedTuple):
+    """What a choice may depend on besides shapes."""
+
+    capability: int  # 80 is 8.0
+    processors: int  # streaming multiprocessors
+
+    @classmethod
+    @functools.cache
+    def of(cls, device: torch.device) -> Machine:
+        major, minor = torch.cuda.get_device_capability(device)
+        return cls(10 * major + minor, torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def like(capability: int) -> int:
+    """The one of 80, 86, 90, 100 and 120, for which the ops have tiles, that has a chip's instructions, and no more
+    shared memory than it."""
+    if capability in (80, 86, 90, 100, 120):
+        return capability
+    return {8: 80 if capability == 87 else 86, 9: 90, 10: 100}.get(capability // 10, 120 if capability > 120 else 86)
 
 
 class Config(NamedTuple):

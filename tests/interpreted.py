@@ -9,19 +9,18 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from triton.runtime import interpreter
 
 from mirasol_kernels import SnippetLayout
 from mirasol_kernels._check import Case, evaluate
 from mirasol_kernels._triton import Config
 from mirasol_kernels.block_causal_attention import cases, op, triton, triton_backward
 from mirasol_kernels.block_causal_attention.triton_config import Machine
+from tests.interpreter import multiply_in_order
 from tests.numerics import assert_within_budget
 from tests.ops.test_block_causal_attention_drawn import LAYOUTS, assert_rounded, densely, problems, terms
 
@@ -30,19 +29,7 @@ MACHINE = Machine(90, 2)
 
 @pytest.fixture(autouse=True)
 def in_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Products sum in ascending order with one rounding per term, as the GPU's float32 product does.
-
-    NumPy's order depends on shapes and on which operand comes first; then a weight that backward recomputes from the
-    transposed product is not the one that forward summed, which scores of 1e4 show.
-    """
-
-    def dot(self: Any, a: Any, b: Any, d: Any, *_: Any) -> Any:
-        left, right, total = a.data.astype(np.float64), b.data.astype(np.float64), d.data
-        for k in range(right.shape[0]):
-            total = (left[:, k, None] * right[k] + total).astype(d.data.dtype)
-        return interpreter.TensorHandle(total, d.dtype.scalar)
-
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
+    multiply_in_order(monkeypatch)
 
 
 class Interpreted(torch.autograd.Function):

@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,29 +13,35 @@ import pytest
 import torch
 
 from mirasol_kernels import SnippetLayout
-from mirasol_kernels._dispatch import Op
+from mirasol_kernels._dispatch import Op, use_backend
 from mirasol_kernels.block_causal_attention import op
+from mirasol_kernels.token_learner import op as token_learner
+from tests.gpu_code import SHARED, examined
 
 ROOT = Path(__file__).parents[1]
 ABSENT = next(b.absent for b in op.OP.backends if b.name == "triton")
 pytestmark = pytest.mark.skipif(ABSENT is not None, reason=f"triton: {ABSENT}")
 
-SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KB of shared memory that a program may have
 DIMS = (64, 80, 96, 128, 256)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+BITS = ("float32", "float16")
 # All of them are 384 compilations of about 2 s; who runs the tests at hand compiles a third.
 COMPILED = DTYPES if os.environ.get("MIRASOL_CI") else DTYPES[:1]
+INTERPRETED = [
+    *[("interpreted", part) for part in ("budget and float32", "budget and float16", "tiles_of_the_table")],
+    *[("interpreted", part) for part in ("decode or leak", "drawn")],
+    *[("interpreted_token_learner", f"budget and {kind} and {bits}") for kind in ("tokens", "state") for bits in BITS],
+    *[("interpreted_token_learner", part) for part in ("regimes or tiles_of_the_table", "leak or reads_only", "drawn")],
+]
 KERNELS = ("forward", "decode", "backward_q", "backward_kv")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "part", ["budget and float32", "budget and float16", "tiles_of_the_table", "decode or leak", "drawn"]
-)
-def test_interpreted(part: str) -> None:
-    """tests/interpreted.py, in a process that tells Triton to interpret before it is imported."""
+@pytest.mark.parametrize(("file", "part"), INTERPRETED)
+def test_interpreted(file: str, part: str) -> None:
+    """tests/<file>.py, in a process that tells Triton to interpret before it is imported."""
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/interpreted.py", "-k", part],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/{file}.py", "-k", part],
         cwd=ROOT,
         env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -64,74 +69,33 @@ def launches(kernel: str, dim: int, dtype: torch.dtype, machine: Any) -> list:
     return [launch for launch in both if launch.kernel.__name__ == kernel]
 
 
-def cuobjdump(binary: bytes, option: str) -> str:
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary)
-        file.flush()
-        return subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
-
-
-def resources(binary: bytes) -> tuple[int, int]:
-    """Registers of a thread, and bytes of its stack, where spilled registers lie."""
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", cuobjdump(binary, "-res-usage")).groups()
-    return int(registers), int(stack)
-
-
-def spills_in_loops(binary: bytes) -> int:
-    """Instructions that spill or fetch a register in an innermost loop that multiplies.
-
-    What is left lies outside them: numbers of the walk that are put aside before the loops and fetched after them.
-    """
-    sass = cuobjdump(binary, "-sass")
-    code = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", sass)]
-    jumps = [(int(to, 16), at) for at, text in code for to in re.findall(r"\bBRA\b.*?0x([0-9a-f]+)", text)]
-    loops = [(first, last) for first, last in jumps if first < last]
-    count = 0
-    for first, last in loops:
-        if any(first <= a and b <= last for a, b in loops if (a, b) != (first, last)):
-            continue  # not innermost
-        body = [text for at, text in code if first <= at <= last]
-        if any(re.search("MMA|FFMA", text) for text in body):
-            count += sum(re.search(r"\b(LDL|STL)", text) is not None for text in body)
-    return count
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", SHARED)
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_compiled(kernel: str, capability: int, record_property: Any) -> None:
     """Every configuration compiles as at a launch, fits the chip, uses its tensor cores and spills in no loop."""
-    from mirasol_kernels._triton import compiled
-    from mirasol_kernels.block_causal_attention.triton_config import Machine
+    from mirasol_kernels._triton import Machine
 
     used: dict[str, list[str]] = {}
     for dim in DIMS:
         for dtype in COMPILED:
             for launch in launches(kernel, dim, dtype, Machine(capability, 100)):
                 what = f"{launch.kernel.__name__} for {capability}, D {dim}, {dtype}"
-                binary = compiled(launch, capability)
-                registers, stack = resources(binary.asm["cubin"])
-                assert stack == 0 or spills_in_loops(binary.asm["cubin"]) == 0, f"{what}: spills, {stack} bytes"
-                shared = binary.metadata.shared / 1024
-                assert shared <= SHARED[capability], f"{what}: {shared:.0f} KB of shared memory"
-                assert getattr(binary.metadata, "tmem_size", 0) <= 512, f"{what}: tensor memory, would trap"
-                if launch.kernel.__name__ == "merge":
+                merges = launch.kernel.__name__ == "merge"
+                figures = examined(launch, capability, what, tensor_cores=dtype != torch.float32 and not merges)
+                if merges:
                     continue
-                if dtype != torch.float32:
-                    assert re.search(r"mma\.sync|wgmma|tcgen05\.mma", binary.asm["ptx"]), f"{what}: no tensor cores"
                 tile = f"{launch.arguments['ROWS']}x{launch.arguments['KEYS']}"
                 tile += f"/{launch.options['num_warps']}/{launch.options['num_stages']}"
-                used.setdefault(f"{str(dtype)[6:]} {tile}", []).append(f"D{dim} {registers}·{stack}·{shared:.0f}")
+                used.setdefault(f"{str(dtype)[6:]} {tile}", []).append(f"D{dim} {figures}")
     table = "; ".join(f"{tile}: {', '.join(figures)}" for tile, figures in used.items())
     record_property("summary", f"{kernel} {capability}, rows x keys/warps/stages, registers·stack·KB: {table}")
 
 
 def test_every_configuration_resolves() -> None:
     """Any head size, any dtype, chips in the table and others of their kind."""
-    from mirasol_kernels.block_causal_attention.triton_config import Machine, config_of
+    from mirasol_kernels._triton import Machine
+    from mirasol_kernels.block_causal_attention.triton_config import config_of
 
     for kernel in KERNELS:
         for capability in (*SHARED, 87, 101, 103, 110, 121, 130):
@@ -141,15 +105,90 @@ def test_every_configuration_resolves() -> None:
                     assert all(n & (n - 1) == 0 and n >= 16 for n in (config.rows, config.keys))
 
 
+# Shapes (c, k, h) of token_learner, both regimes: a minute or two of one core; what `token_learner.COMPILED` rests on.
+LEARNED: dict[tuple[int, int, int], tuple[torch.dtype, ...]] = {
+    (768, 32, 64): COMPILED[:2],
+    (2048, 512, 64): COMPILED[:1],
+    (192, 8, 64): COMPILED[:1],
+    (768, 32, 256): COMPILED[:1],
+}
+
+
+def learner_launches(c: int, k: int, h: int, dtype: torch.dtype, machine: Any, *, divide: bool = True) -> list:
+    """What forward and backward of 16 rows of 326 tokens launch."""
+    from mirasol_kernels.token_learner import triton, triton_backward
+
+    def empty(*sizes: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(*sizes, dtype=dtype, device="meta")
+
+    weights = empty(c), empty(c), empty(h, c), empty(h), empty(k, h), empty(k)
+    call = [empty(16, 326, c)], [empty(326, c)], *weights, empty(16, 1, dtype=torch.int64), False, 1e-6, divide
+    maximum, total, pooled = results = token_learner._fake_fwd(*call)
+    args = pooled, None if divide else total, maximum, total, pooled if divide else None, *call
+    return [
+        *triton.forward_launches(*call, *results, machine=machine),
+        *triton_backward.backward_launches(*args, token_learner._fake_bwd(*args), machine=machine),
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", token_learner.COMPILED)
+def test_token_learner_compiled(capability: int, record_property: Any) -> None:
+    """As test_compiled.  Its loops over tokens hold loops over channels: of the former only the inner part is looked at
+    for spills."""
+    from mirasol_kernels._triton import Machine
+
+    lines = []
+    for (c, k, h), dtypes in LEARNED.items():
+        for dtype in dtypes:
+            for launch in learner_launches(c, k, h, dtype, Machine(capability, 100)):
+                name = launch.kernel.__name__
+                multiplies = name in ("layer", "pool", "gradient", "weights")
+                what = f"{name} for {capability}, c {c}, k {k}, h {h}, {dtype}"
+                figures = examined(launch, capability, what, tensor_cores=multiplies)
+                if multiplies:
+                    lines.append(f"{name} {c},{k},{h} {str(dtype)[6:]} {figures}")
+    record_property("summary", f"token_learner {capability}, registers·stack·KB: {'; '.join(lines)}")
+
+
+def test_every_token_learner_tile_resolves() -> None:
+    """Any sizes, any dtype, any chip: no step wants what a product of tiles cannot be."""
+    from mirasol_kernels._triton import Machine
+    from mirasol_kernels.token_learner.triton_config import slots_of, tile_of
+
+    for capability in (*SHARED, 87, 101, 103, 110, 121, 130):
+        for dtype in DTYPES:
+            for h in (1, 16, 17, 64, 128, 129, 256):
+                for kernel in ("layer", "pool", "gradient", "weights"):
+                    tile = tile_of(kernel, h, dtype, Machine(capability, 100))
+                    assert all(n & (n - 1) == 0 and n >= 16 for n in (tile.tokens, tile.channels))
+                for k in (1, 8, 17, 96, 512):
+                    slots = slots_of(k, h, dtype)
+                    assert slots & (slots - 1) == 0 and slots >= 16
+
+
 def test_what_triton_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.empty(1, 1, 1, 8)
+
+    def learner(c: int, h: int, k: int, dtype: torch.dtype = torch.float32) -> str | None:
+        shapes = (c,), (c,), (h, c), (h,), (k, h), (k,)
+        return token_learner._triton((x,), *(torch.empty(shape, dtype=dtype) for shape in shapes), None)
+
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert op._triton(x.double()) == "no float64"
-    assert op._triton(x) == "compute capability below 8.0"
+    assert op._triton(x.double()) == learner(8, 8, 8, torch.float64) == "no float64"
+    assert op._triton(x) == learner(8, 8, 8) == "compute capability below 8.0"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert op._triton(x) is None
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert learner(2048, 256, 512) is learner(1, 1, 1) is None
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    assert learner(8, 8, 8) == "not yet compiled for this GPU in tests: runs only if asked for by name"
+    with use_backend("triton"):
+        assert learner(8, 8, 8) is None
+    for sizes in ((2049, 8, 8), (8, 257, 8), (8, 8, 513), (0, 8, 8)):
+        assert learner(*sizes) == "c up to 2048, h up to 256 and k up to 512 only"
     monkeypatch.setattr(torch.version, "hip", "6.0")
-    assert op._triton(x) == "NVIDIA GPUs only"
+    assert op._triton(x) == learner(8, 8, 8) == "NVIDIA GPUs only"
 
 
 def test_triton_comes_before_cuda() -> None:

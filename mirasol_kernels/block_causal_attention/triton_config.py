@@ -8,26 +8,9 @@ Chosen from what tests/test_gpu_code.py compiles (Triton 3.9); none has run on a
 
 from __future__ import annotations
 
-import functools
-from typing import NamedTuple
-
 import torch
 
-from mirasol_kernels._triton import Config
-
-
-class Machine(NamedTuple):
-    """What a choice may depend on besides shapes."""
-
-    capability: int  # 80 is 8.0
-    processors: int  # streaming multiprocessors
-
-    @classmethod
-    @functools.cache
-    def of(cls, device: torch.device) -> Machine:
-        major, minor = torch.cuda.get_device_capability(device)
-        return cls(10 * major + minor, torch.cuda.get_device_properties(device).multi_processor_count)
-
+from mirasol_kernels._triton import Config, Machine, like
 
 WIDTHS = (64, 128, 256)  # a configuration serves head sizes up to this
 
@@ -84,11 +67,4 @@ def config_of(kernel: str, dim: int, dtype: torch.dtype, machine: Machine) -> Co
         return FLOAT32[kernel][width]
     if kernel == "decode":
         return DECODE[width]
-    return TABLE[known(machine.capability)][kernel][width]
-
-
-def known(capability: int) -> int:
-    """A row of the table that fits: that of the same generation, else that of the least shared memory."""
-    if capability in TABLE:
-        return capability
-    return {8: 80 if capability == 87 else 86, 9: 90, 10: 100}.get(capability // 10, 120 if capability > 120 else 86)
+    return TABLE[like(machine.capability)][kernel][width]

@@ -46,7 +46,7 @@ def token_learner(
     several sources, positions and valid: Token Turing Machines, projects/token_turing/model.py of the same.
     """
     args = _checked("token_learner", sources, norm_weight, norm_bias, w1, b1, w2, b2, positions, valid, gelu, eps)
-    chosen = OP.select(args, backend)
+    chosen = OP.select((*args, backend), backend)
     if chosen is None:
         return reference.token_learner_state(*args).value().to(args[0][0].dtype)
     return fused(chosen, args, divide=True)[2].to(args[0][0].dtype)
@@ -74,7 +74,7 @@ def token_learner_state(
     """
     op = "token_learner_state"
     args = _checked(op, sources, norm_weight, norm_bias, w1, b1, w2, b2, positions, valid, gelu, eps)
-    chosen = OP.select(args, backend)
+    chosen = OP.select((*args, backend), backend)
     return (
         reference.token_learner_state(*args)
         if chosen is None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from mirasol_kernels._dispatch import Backend, Op
+from mirasol_kernels._dispatch import Backend, Op, wanted_backend
 from mirasol_kernels.token_learner.state import accumulation_dtype
 
 # Of a forward: what `api` has checked.  valid (B, S) are integers; erf says which GELU.
@@ -48,6 +48,50 @@ def _native(sources: tuple[Tensor, ...], norm_weight: Tensor, norm_bias: Tensor,
 
 
 OP.backend("native", "cpu", _native)
+
+
+# Compute capabilities for which every tile of its table is known to compile, fit and spill in no loop.
+COMPILED = (90,)
+
+
+def _triton(
+    sources: Any, norm_weight: Tensor, norm_bias: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, *rest: Any
+) -> str | None:
+    if w1.dtype == torch.float64:
+        return "no float64"
+    if torch.version.hip:
+        return "NVIDIA GPUs only"
+    major, minor = torch.cuda.get_device_capability(w1.device)
+    if major < 8:
+        return "compute capability below 8.0"
+    (h, c), k = w1.shape, w2.shape[0]
+    if not (0 < c <= 2048 and 0 < h <= 256 and 0 < k <= 512):
+        return "c up to 2048, h up to 256 and k up to 512 only"
+    named = rest[-1] or wanted_backend()
+    if named != "triton" and 10 * major + minor not in COMPILED:
+        return "not yet compiled for this GPU in tests: runs only if asked for by name"
+    return None
+
+
+def _triton_fwd(*args: Any) -> tuple[Tensor, ...]:
+    from mirasol_kernels.token_learner import triton  # not before a kernel runs
+
+    results = _fake_fwd(*args)
+    with torch.cuda.device(results[0].device):
+        triton.run_forward(*args, *results)
+    return results
+
+
+def _triton_bwd(*args: Any) -> list[Tensor]:
+    from mirasol_kernels.token_learner import triton_backward
+
+    results = _fake_bwd(*args)
+    with torch.cuda.device(args[0].device):
+        triton_backward.run_backward(*args, results)
+    return results
+
+
+OP.backend("triton", "cuda", _triton, fwd=_triton_fwd, bwd=_triton_bwd)
 
 
 def calls(backend: str) -> dict[str, Any]:
