@@ -16,6 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from mirasol_kernels.latent_recurrence import latent_recurrence
+from tests.numerics import assert_close_fp64
 
 PROCESSES = 2
 
@@ -66,7 +67,7 @@ def main(kind: str, rank: str, file: str) -> None:
             backward(shared_out, state.chunk(PROCESSES)[int(rank)], inputs.chunk(PROCESSES)[int(rank)])
         for mine, expected in zip(shared_out.parameters(), alone.parameters(), strict=True):
             grad = mine.grad.full_tensor() if isinstance(mine.grad, DTensor) else mine.grad
-            torch.testing.assert_close(grad, expected.grad, rtol=1e-12, atol=1e-14)
+            assert_close_fp64(grad, expected.grad)
             assert expected.grad.any() and (kind == "ddp" or isinstance(mine.grad, DTensor))
     finally:
         dist.destroy_process_group()

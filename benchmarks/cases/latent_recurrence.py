@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.cases import DIRECTIONS, Truth
 from mirasol_kernels.latent_recurrence import TokenTuringParameters, latent_recurrence, token_turing_recurrence
+from mirasol_kernels.latent_recurrence.reference import unit
 
 Step = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 HEADS, HIDDEN = 8, 64
@@ -53,8 +55,8 @@ class Case:
     def weights(self, generator: torch.Generator) -> list[Tensor]:
         return [x for _, x in self.template(generator).named_tensors()]
 
-    def template(self, generator: torch.Generator | None = None, device: str = "cpu") -> TokenTuringParameters:
-        sizes = {"layers": self.layers, "mlp": self.mlp, "heads": HEADS, "hidden": HIDDEN}
+    def template(self, generator: torch.Generator | None = None) -> TokenTuringParameters:
+        sizes: dict[str, Any] = {"layers": self.layers, "mlp": self.mlp, "heads": HEADS, "hidden": HIDDEN}
         return TokenTuringParameters.init(self.c, self.slots, self.read, generator=generator, **sizes)
 
     def bound(self, weights: Sequence[Tensor]) -> TokenTuringParameters:
@@ -63,8 +65,6 @@ class Case:
 
     def step(self, weights: Sequence[Tensor]) -> Step:
         """One step as it is written without this library."""
-        from mirasol_kernels.latent_recurrence.reference import unit
-
         bound = self.bound(weights)
         return lambda state, x: unit(state, x, torch.ones(x.shape[:2], dtype=torch.bool, device=x.device), bound)
 
@@ -101,7 +101,7 @@ class Case:
         return step_flops(self) * self.steps * self.batch * (1 if direction == "forward" else 3)
 
     def bytes(self, direction: str, dtype: torch.dtype) -> int:
-        """Inputs and outputs, each once; backward reads them again, with the gradient of outputs, and writes dinputs."""
+        """Inputs and outputs, each once; backward reads inputs again, and doutputs, and writes dinputs."""
         each = self.batch * self.steps * self.c * dtype.itemsize
         return each * ((self.n + self.read) if direction == "forward" else 3 * self.n + 2 * self.read)
 
@@ -112,7 +112,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Block(Case):
-    """Memory attends to [memory | input] and passes an MLP, as in block-recurrent transformers; for the generic scan."""
+    """For the generic scan: memory attends to [memory | input] and passes an MLP, as in block-recurrent models."""
 
     kind: str = "scan"
 
@@ -160,7 +160,7 @@ def step_flops(case: Case) -> int:
     return counter.get_total_flops()
 
 
-A, B, C = (
+SIZES: tuple[dict[str, Any], ...] = (
     {"n": 326, "c": 512, "slots": 64, "read": 8},
     {"n": 1568, "c": 384, "slots": 96, "read": 16},
     {"n": 326, "c": 768, "slots": 96, "read": 32, "layers": 2},
@@ -171,12 +171,12 @@ CASES = {
         Block("block", "a memory of 64 tokens reads 16 a step", 64, 16, 256, 64, 8),
         Block("block_long", "the same for eight times as long", 512, 16, 256, 64, 8),
         Block("block_batch", "the same, eight at a time", 64, 16, 256, 64, 8, batch=8),
-        Case("machine_512", "a Token Turing Machine on snippets of Mirasol", 64, **A),
-        Case("machine_384", "one on eight frames at once", 64, **B),
-        Case("machine_768", "one of two layers", 64, **C),
-        Case("machine_512_batch", "eight videos", 64, batch=8, **A),
-        Case("machine_384_batch", "eight videos", 64, batch=8, **B),
-        Case("machine_768_batch", "eight videos", 64, batch=8, **C),
+        Case("machine_512", "a Token Turing Machine on snippets of Mirasol", 64, **SIZES[0]),
+        Case("machine_384", "one on eight frames at once", 64, **SIZES[1]),
+        Case("machine_768", "one of two layers", 64, **SIZES[2]),
+        Case("machine_512_batch", "eight videos", 64, batch=8, **SIZES[0]),
+        Case("machine_384_batch", "eight videos", 64, batch=8, **SIZES[1]),
+        Case("machine_768_batch", "eight videos", 64, batch=8, **SIZES[2]),
         Case("quick", "does it work?", 5, 7, 32, 6, 3, 2, mlp=16, kind="quick", memory=("forward",)),
         Block("quick_scan", "does it work?", 5, 7, 32, 6, 3, 2, mlp=16, kind="quick", memory=("forward",)),
     )

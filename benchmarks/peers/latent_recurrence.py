@@ -1,4 +1,4 @@
-"""A recurrence as it is written today: the loop, the compiled loop, and `torch.utils.checkpoint` of its steps; and ours."""
+"""A recurrence as it is written today, and ours: the loop, eager and compiled, and `torch.utils.checkpoint` in it."""
 
 from __future__ import annotations
 
