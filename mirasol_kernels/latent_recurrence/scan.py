@@ -26,28 +26,28 @@ def scan(step: Callable, state: Any, inputs: Any, dim: int = 1, checkpoint_every
     every = checkpoint_every or default_segment(length)
     form, backend = _form(state), wanted_backend()
 
-    def segment(state: Any, steps: list[tuple[Tensor, ...]]) -> tuple[Any, list[Any]]:
+    def segment(state: Any, part: tuple[Tensor, ...]) -> tuple[Any, Any]:
+        # Cut and joined in here, so that no more than a segment's steps are alive at once: an output, or the gradient
+        # of an input, is often a view of something larger.
         outputs = []
         with use_backend(backend):  # recomputation may run in another thread
-            for now in steps:
+            for now in zip(*(leaf.unbind(dim) for leaf in part), strict=True):
                 state, output = _call(step, state, pytree.tree_unflatten(now, structure))
                 _same("state", "the state it was given", form, _form(state))
                 outputs.append(output)
-        return state, outputs
+                _same("outputs", "the outputs of the first step", _form(outputs[0]), _form(output))
+        return state, pytree.tree_map(lambda *ys: torch.stack(ys, dim), *outputs)
 
-    steps = list(zip(*(leaf.unbind(dim) for leaf in leaves), strict=True))
-    outputs: list[Any] = []
-    for begin in range(0, length, every):
-        part = steps[begin : begin + every]
+    outputs = []
+    for part in zip(*(leaf.split(every, dim) for leaf in leaves), strict=True):
         if torch.is_grad_enabled():
             state, made = checkpoint(segment, state, part, use_reentrant=False)
         else:
             state, made = segment(state, part)
-        outputs += made
-    first = _form(outputs[0])
-    for output in outputs:
-        _same("outputs", "the outputs of the first step", first, _form(output))
-    return state, pytree.tree_map(lambda *ys: torch.stack(ys, dim), *outputs)
+        outputs.append(made)
+        first, last = (_form(pytree.tree_map(lambda y: y.select(dim, 0), each)) for each in (outputs[0], made))
+        _same("outputs", "the outputs of the first step", first, last)
+    return state, pytree.tree_map(lambda *parts: torch.cat(parts, dim), *outputs)
 
 
 def default_segment(length: int) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -166,8 +166,15 @@ def calls(draw_: st.DrawFn) -> dict:
     }
 
 
+SMALL_MEMORY = {"n": [3], "steps": 3, "batch": 1, "memory": 1, "counted": False, "seed": 0}
+
+
 @settings(max_examples=60)
 @given(calls())
+@example(SMALL_MEMORY | {"options": {"read": 4, "memory_mode": "TL"}})
+@example(SMALL_MEMORY | {"options": {"read": 4, "memory_mode": "MHA"}})
+@example(SMALL_MEMORY | {"options": {"read": 4, "memory_mode": "AddErase"}})
+@example(SMALL_MEMORY | {"options": {"read": 4, "unit": "simple"}})
 def test_hoisted_equals_plain(call: dict) -> None:
     """Final memory, outputs, and the gradient of memory, of every source and of every parameter."""
     torch.manual_seed(call["seed"])
