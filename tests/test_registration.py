@@ -40,7 +40,7 @@ def test_opcheck(entry: Entry) -> None:
     case = case_of(entry)
     with Calls() as calls:
         evaluate(case, entry[1])
-    assert {func.name().split("::")[1] for func, _ in calls.seen} == {f"{entry[0].name}_{p}" for p in entry[0].schemas}
+    assert {func.name().split("::")[1] for func, _ in calls.seen} >= {f"{entry[0].name}_{p}" for p in entry[0].schemas}
     for func, args in calls.seen:
         torch.library.opcheck(func, tuple(args))
 

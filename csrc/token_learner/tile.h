@@ -6,7 +6,7 @@
 // in 32 bits; the small ones between hidden units and learned tokens stay floats.
 #include <type_traits>
 #include "common/gemm.h"
-#include "token_learner/gelu.h"
+#include "common/gelu.h"
 #include "token_learner/kernel.h"
 
 namespace mirasol::MIRASOL_ISA {

@@ -344,7 +344,7 @@ def test_backend_by_name() -> None:
     assert torch.equal(end, token_turing_recurrence(memory, x, p)[0])
     with pytest.raises(NotImplementedError, match="latent_recurrence: backend 'native' refuses this call"):
         token_turing_recurrence(memory, x, p, backend="native")
-    assert explain(token_turing_recurrence, memory, x, p) == {"reference": "runs"}
+    assert explain(token_turing_recurrence, memory, x, p)["reference"] == "runs"
 
 
 # ------------------------------------------------------------------------------------------------ errors

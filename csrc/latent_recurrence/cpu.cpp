@@ -1,0 +1,1 @@
+#include "latent_recurrence/backward_steps.h"
