@@ -11,7 +11,7 @@ to snippet (the TTM's memory, the keys and values of context "all", nothing othe
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -83,6 +83,50 @@ class Past(NamedTuple):
             left = np.cumsum([piece.shape[1] for piece in reversed(all_lengths)])[::-1]  # from each piece to the end
             drop = int(sum(np.append(left[1:], 0) >= window - 1))
         return Past(self.seen + lengths.shape[1], all_lengths[drop:], (*self.layers, layers)[drop:])
+
+    def select(self, rows: Sequence[int]) -> Past:
+        """Of these rows of the batch, in this order; the pieces are packed."""
+
+        def chosen(x: Tensor, lengths: np.ndarray) -> Tensor:
+            each = x.flatten(0, 1).split(lengths.sum(1).tolist())
+            return torch.cat([each[row] for row in rows])[None]
+
+        layers = tuple(
+            [(chosen(k, lengths), chosen(v, lengths)) for k, v in piece]
+            for piece, lengths in zip(self.layers, self.lengths, strict=True)
+        )
+        return Past(self.seen, tuple(lengths[list(rows)] for lengths in self.lengths), layers)
+
+    @staticmethod
+    def batch(pasts: Sequence[Past]) -> Past:
+        """The rows of several that came in the same pieces."""
+
+        def joined(*each: Tensor) -> Tensor:
+            return torch.cat([x.flatten(0, 1) for x in each])[None]
+
+        layers = tuple(
+            [(joined(*(k for k, _ in layer)), joined(*(v for _, v in layer))) for layer in zip(*pieces, strict=True)]
+            for pieces in zip(*(past.layers for past in pasts), strict=True)
+        )
+        lengths = tuple(np.concatenate(each) for each in zip(*(past.lengths for past in pasts), strict=True))
+        return Past(pasts[0].seen, lengths, layers)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it by name."""
+        made = {"seen": torch.tensor(self.seen)}
+        for i, (lengths, piece) in enumerate(zip(self.lengths, self.layers, strict=True)):
+            made[f"{i}.lengths"] = torch.from_numpy(lengths.copy())
+            for j, (k, v) in enumerate(piece):
+                made |= {f"{i}.{j}.k": k, f"{i}.{j}.v": v}
+        return made
+
+    @staticmethod
+    def of_tensors(made: Mapping[str, Tensor]) -> Past:
+        """The inverse of `tensors`."""
+        lengths = [made[f"{i}.lengths"].cpu().numpy() for i in range(sum(name.endswith(".lengths") for name in made))]
+        depth = sum(name.startswith("0.") and name.endswith(".k") for name in made)
+        layers = tuple([(made[f"{i}.{j}.k"], made[f"{i}.{j}.v"]) for j in range(depth)] for i in range(len(lengths)))
+        return Past(int(made["seen"]), tuple(lengths), layers)
 
 
 class _AllSnippets:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from mirasol_model.combiner import Past
 from mirasol_model.generate import generate
 from mirasol_model.inputs import read_clips
 
@@ -20,6 +22,9 @@ class Stream:
     """A clip without end, for a model in eval mode. What it keeps does not grow: the Combiner's state (the TTM's
     memory, or `combiner.window` snippets of keys and values in context "all"), and of the latent model the keys, values
     and latents of the first `sink` and the last `window` snippets.
+
+    `state_dict` and `load_state_dict` save and restore it, on any device; `fork`, `select` and `batch` make new streams
+    of what others have seen.
 
     Latents are those of `Mirasol.encode` on the whole clip with this window, and text attends to those that are kept.
     window, sink: by default those of config.latent; a model without a window needs one here, and is then exact for
@@ -47,6 +52,89 @@ class Stream:
         self._caches: list | None = None
         self._first: list[Tensor] = []
         self._last: deque[Tensor] = deque(maxlen=self.window)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """A copy of all that was kept, as tensors by name: what `safetensors.torch.save_file` takes."""
+        made = {"size": torch.tensor([self.seen, self.window, self.sink])}
+        if isinstance(self._combiner, Past):
+            made |= {f"past.{name}": x for name, x in self._combiner.tensors().items()}
+        elif self._combiner is not None:
+            made["memory"] = self._combiner
+        for i, cache in enumerate(self._caches or []):
+            made |= {f"cache.{i}.{name}": x for name, x in cache.state_dict().items()}
+        if self.seen:
+            made["latents"] = torch.stack([*self._first, *self._last], 1)  # (B, kept, m, d)
+        return {name: x.detach().clone().contiguous() for name, x in made.items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from the `state_dict` of a stream of the same model, window and sink; the tensors come to the device
+        and dtype of this model.  Raises ValueError before anything changes."""
+        if "size" not in state:
+            raise ValueError("stream.load_state_dict: state: expected a state_dict of a stream, got no 'size' in it")
+        seen, window, sink = state["size"].tolist()
+        if (window, sink) != (self.window, self.sink):
+            raise ValueError(
+                f"stream.load_state_dict: state: expected window {self.window} and sink {self.sink}, "
+                f"got {window} and {sink}"
+            )
+        like = self.model.latent.slots
+        state = {name: x.to(like) if x.is_floating_point() else x.to(like.device) for name, x in state.items()}
+
+        def named(prefix: str) -> dict[str, Tensor]:
+            return {name.removeprefix(prefix): x for name, x in state.items() if name.startswith(prefix)}
+
+        caches, kept = None, []
+        if seen:
+            caches = self.model.latent.caches(len(state["latents"]), window, sink, like)
+            for i, cache in enumerate(caches):
+                cache.load_state_dict(named(f"cache.{i}."))
+            kept = [h.contiguous() for h in state["latents"].unbind(1)]
+        past = named("past.")
+        self._combiner = Past.of_tensors(past) if past else state.get("memory")
+        first = min(sink, len(kept))
+        self._first, self._last = kept[:first], deque(kept[first:], maxlen=window)
+        self._caches, self.seen = caches, seen
+
+    def fork(self) -> Stream:
+        """An independent stream that has seen the same: what if the next snippet were another?"""
+        other = Stream(self.model, self.window, self.sink)
+        other.load_state_dict(self.state_dict())
+        return other
+
+    def select(self, rows: Sequence[int]) -> Stream:
+        """A new stream of these rows of the batch, in this order; a row may come several times, as in beam search."""
+        have = len(self._caches[0].position) if self._caches else 0
+        if not rows or not all(0 <= row < have for row in rows):
+            raise ValueError(f"stream.select: rows: expected some of the {have} rows of this stream, got {list(rows)}")
+        past = self._combiner.select(rows) if isinstance(self._combiner, Past) else None
+        return self._of([self.state_dict()], past, lambda each: each[0][list(rows)])
+
+    @staticmethod
+    def batch(streams: Sequence[Stream]) -> Stream:
+        """One stream of the rows of several that share a model, window and sink and have seen as many snippets."""
+        first = streams[0]
+        for other in streams:
+            mine, its = ((stream.window, stream.sink, stream.seen) for stream in (first, other))
+            if other.model is not first.model or mine != its or not first.seen:
+                raise ValueError(
+                    "stream.batch: streams: expected one model, and equal window, sink and number of snippets seen, at "
+                    f"least one, got {mine} and {its}"
+                )
+        pasts = [stream._combiner for stream in streams]
+        past = Past.batch(pasts) if isinstance(first._combiner, Past) else None
+        return first._of([stream.state_dict() for stream in streams], past, torch.cat)
+
+    def _of(self, states: list[dict[str, Tensor]], past: Past | None, rows: Callable[[list[Tensor]], Tensor]) -> Stream:
+        """A stream like this one whose tensors are `rows` of those of the states; `past` replaces theirs."""
+        whole = ("size", "geometry")  # have no batch
+        made = {
+            name: x if name.endswith(whole) else rows([state[name] for state in states])
+            for name, x in states[0].items()
+            if not name.startswith("past.")
+        }
+        other = Stream(self.model, self.window, self.sink)
+        other.load_state_dict(made | {f"past.{name}": x for name, x in (past.tensors() if past else {}).items()})
+        return other
 
     @torch.no_grad()
     def push(self, video: Tensor | None, audio: Tensor | None = None) -> Tensor:

@@ -196,6 +196,49 @@ def test_what_a_stream_keeps_does_not_grow():
         assert stream.seen == 0 and stream._caches is None
 
 
+@pytest.mark.parametrize("variant", ["current", "all-window", "ttm"])
+def test_a_stream_is_saved_forked_and_batched(variant, tmp_path):
+    """In the middle of a clip, one row of which has no sound in its second snippet; the rest is what it would be."""
+    from safetensors.torch import load_file, save_file
+
+    made, frames = model(variant, **BOUNDED), 24
+    video, audio = clip(frames, 3)
+    pieces = list(parts(video, audio, frames))
+    whole, early = made.stream(), made.stream()
+    expected = [whole.push(*part) for part in pieces]
+    for part in pieces[:4]:
+        early.push(*part)
+    save_file(early.state_dict(), tmp_path / "state.safetensors")
+    restored = made.stream()
+    restored.load_state_dict(load_file(tmp_path / "state.safetensors"))
+    fork, beams = early.fork(), early.select([2, 0, 2])
+    early.push(video[:, :, :F] + 1, None)  # goes another way, and changes no other
+    apart = [restored.select([row]) for row in range(3)]
+    together = type(early).batch(apart)
+    for i in (4, 5):
+        for stream in (restored, fork, together):
+            assert_close_fp64(stream.push(*pieces[i]), expected[i])
+        assert_close_fp64(beams.push(*(x[[2, 0, 2]] for x in pieces[i])), expected[i][[2, 0, 2]])
+    prompt = words(3)
+    answers = [stream.generate(prompt, 4) for stream in (whole, restored, fork, together)]
+    assert all(torch.equal(answer, answers[0]) for answer in answers)
+
+
+def test_what_a_restored_stream_refuses():
+    made = model(dtype=torch.float32, **BOUNDED)
+    stream, other = made.stream(), made.stream(window=5)
+    with pytest.raises(ValueError, match=r"stream.select: rows: expected some of the 0 rows of this stream, got \[0\]"):
+        stream.select([0])
+    with pytest.raises(ValueError, match=r"stream.batch: streams: expected one model, and equal window"):
+        type(stream).batch([stream, other])
+    with pytest.raises(ValueError, match=r"stream.load_state_dict: state: expected window 3 and sink 1, got 5 and 1"):
+        stream.load_state_dict(other.state_dict())
+    with pytest.raises(ValueError, match=r"stream.load_state_dict: state: expected a state_dict of a stream"):
+        stream.load_state_dict({})
+    stream.load_state_dict(made.stream().state_dict())
+    assert stream.seen == 0
+
+
 def test_what_a_stream_refuses():
     made = model(dtype=torch.float32)
     video, audio = clip(8, dtype=torch.float32)
