@@ -22,6 +22,8 @@ constexpr int ROWS = 8;     // that share a number of a matrix while it is in a 
 constexpr int LANES = 32;   // that share a sum over channels, next to each other
 constexpr int PAIRS = 128;  // sums of LANES parts that fit in shared memory at a time
 constexpr int COLUMNS = 64;  // tokens that are pooled at a time
+constexpr int DEPTH = 16;   // numbers of a matrix that a thread asks for before it waits for one,
+constexpr int SHALLOW = 4;  // and where there are less
 constexpr float EPS = 1e-6f;
 
 MIRASOL_HOST_DEVICE inline int least(int a, int b) { return a < b ? a : b; }
@@ -35,6 +37,26 @@ MIRASOL_HOST_DEVICE inline float constant(const float* p) {
 #else
   return *p;
 #endif
+}
+
+// f(i) for every i < n, each on some thread.
+template <class Crew, class F>
+MIRASOL_HOST_DEVICE void spread(Crew& crew, int n, F f) {
+  crew.each([&](int thread) {
+    MIRASOL_ROLLED
+    for (int i = thread; i < n; i += crew.threads) f(i);
+  });
+}
+
+// x (n, k) = value(row, column), n up to ROWS: a thread has a column, and asks for all of it before it waits for any.
+template <class Crew, class Value>
+MIRASOL_HOST_DEVICE void spread_rows(Crew& crew, int n, int k, float* x, Value value) {
+  spread(crew, k, [&](int column) {
+    float values[ROWS];
+    for (int row = 0; row < ROWS; ++row) values[row] = value(least(row, n - 1), column);
+    for (int row = 0; row < ROWS; ++row)
+      if (row < n) x[row * k + column] = values[row];
+  });
 }
 
 // z / (1 + e^(-2 u)) with u = sqrt(2 / pi) (z + 0.044715 z^3), which is z (1 + tanh u) / 2.
@@ -56,6 +78,16 @@ struct Sums {
   }
 };
 
+// total[row] += sum over the next N numbers of a row of a matrix, `stride` apart, times those of x (n, k).
+template <int N>
+MIRASOL_HOST_DEVICE void times_some(float (&total)[ROWS], const float* w, const float* x, int n, int k, int stride) {
+  float some[N];
+  for (int i = 0; i < N; ++i) some[i] = constant(w + i * stride);
+  for (int row = 0; row < ROWS; ++row)
+    if (row < n)
+      for (int i = 0; i < N; ++i) total[row] += some[i] * x[row * k + i * stride];
+}
+
 // x (n, k) in shared memory, n up to ROWS, by the rows of a matrix at weight(out), first <= out < end, k numbers each;
 // the sums go to done(row, out, sum).  LANES threads share an output, or a `splits`-th of one where outputs are few.
 template <class Crew, class Weight, class Done>
@@ -66,31 +98,32 @@ MIRASOL_HOST_DEVICE void times(Crew& crew, Sums sums, const float* x, int n, int
   while (2 * splits * (end - first) <= groups && 2 * splits * LANES <= k && 2 * splits * ROWS <= PAIRS) splits *= 2;
   const int some = PAIRS / (n * splits);  // outputs at a time
   for (; first < end; first += some) {
-    const int outs = least(some, end - first);
+    const int outs = least(some, end - first), stride = splits * LANES;
     crew.each([&](int thread) {
       const int lane = thread % LANES;
+      MIRASOL_ROLLED
       for (int unit = thread / LANES; unit < outs * splits; unit += groups) {
         const float* const w = weight(first + unit / splits);
         float total[ROWS] = {};
-        for (int i = unit % splits * LANES + lane; i < k; i += splits * LANES) {
-          const float one = constant(w + i);
-          for (int r = 0; r < ROWS; ++r)
-            if (r < n) total[r] += one * x[r * k + i];
-        }
-        for (int r = 0; r < ROWS; ++r)
-          if (r < n) sums.lane(unit * n + r, lane) = total[r];
+        int i = unit % splits * LANES + lane;
+        MIRASOL_ROLLED
+        for (; i + (DEPTH - 1) * stride < k; i += DEPTH * stride) times_some<DEPTH>(total, w + i, x + i, n, k, stride);
+        MIRASOL_ROLLED
+        for (; i + (SHALLOW - 1) * stride < k; i += SHALLOW * stride)
+          times_some<SHALLOW>(total, w + i, x + i, n, k, stride);
+        MIRASOL_ROLLED
+        for (; i < k; i += stride) times_some<1>(total, w + i, x + i, n, k, stride);
+        for (int row = 0; row < ROWS; ++row)
+          if (row < n) sums.lane(unit * n + row, lane) = total[row];
       }
     });
-    crew.each([&](int thread) {
-      for (int i = thread; i < outs * splits * n; i += crew.threads) sums.whole(i) = sums.over_lanes(i);
-    });
-    crew.each([&](int thread) {
-      for (int i = thread; i < outs * n; i += crew.threads) {
-        const int row = i % n, out = i / n;
-        float total = 0;
-        for (int split = 0; split < splits; ++split) total += sums.whole((out * splits + split) * n + row);
-        done(row, first + out, total);
-      }
+    spread(crew, outs * splits * n, [&](int i) { sums.whole(i) = sums.over_lanes(i); });
+    spread(crew, outs * n, [&](int i) {
+      const int row = i % n, out = i / n;
+      float total = 0;
+      MIRASOL_ROLLED
+      for (int split = 0; split < splits; ++split) total += sums.whole((out * splits + split) * n + row);
+      done(row, first + out, total);
     });
   }
 }
@@ -99,9 +132,11 @@ MIRASOL_HOST_DEVICE void times(Crew& crew, Sums sums, const float* x, int n, int
 template <class Crew>
 MIRASOL_HOST_DEVICE void normalise(Crew& crew, Sums sums, float* x, int n, int c, const Norm& norm) {
   const int groups = crew.threads / LANES;
+  MIRASOL_ROLLED
   for (int squares = 0; squares < 2; ++squares) {
     crew.each([&](int thread) {
       const int lane = thread % LANES;
+      MIRASOL_ROLLED
       for (int row = thread / LANES; row < n; row += groups) {
         const float centre = squares ? sums.whole(row) : 0;
         float total = 0;
@@ -112,20 +147,18 @@ MIRASOL_HOST_DEVICE void normalise(Crew& crew, Sums sums, float* x, int n, int c
         sums.lane(row, lane) = total;
       }
     });
-    crew.each([&](int thread) {
-      for (int row = thread; row < n; row += crew.threads) {
-        const float average = sums.over_lanes(row) / c;
-        if (squares) sums.whole(ROWS + row) = 1 / sqrtf(average + EPS);
-        else sums.whole(row) = average;
-      }
+    spread(crew, n, [&](int row) {
+      const float average = sums.over_lanes(row) / c;
+      sums.whole(squares * ROWS + row) = squares ? 1 / sqrtf(average + EPS) : average;
     });
   }
-  crew.each([&](int thread) {
-    for (int i = thread; i < n * c; i += crew.threads) {
-      const int row = i / c, channel = i % c;
-      const float normal = (x[i] - sums.whole(row)) * sums.whole(ROWS + row);
-      x[i] = normal * constant(norm.weight + channel) + constant(norm.bias + channel);
-    }
+  spread(crew, c, [&](int i) {
+    const float weight = constant(norm.weight + i), bias = constant(norm.bias + i);
+    for (int row = 0; row < ROWS; ++row)
+      if (row < n) {
+        const float normal = (x[row * c + i] - sums.whole(row)) * sums.whole(ROWS + row);
+        x[row * c + i] = normal * weight + bias;
+      }
   });
 }
 
@@ -134,10 +167,17 @@ template <class Crew, class Logits>
 MIRASOL_HOST_DEVICE void look(Crew& crew, Sums sums, const Pool& p, float* x, int n, int c, float* hidden, int h, int k,
                               Logits logits) {
   normalise(crew, sums, x, n, c, p.norm);
-  times(crew, sums, x, n, c, 0, h, [&](int out) { return p.hidden.weight + int64_t(out) * c; },
-        [&](int row, int out, float sum) { hidden[row * h + out] = gelu(sum + constant(p.hidden.bias + out)); });
-  times(crew, sums, hidden, n, h, 0, k, [&](int out) { return p.out.weight + int64_t(out) * h; },
-        [&](int row, int out, float sum) { logits(row)[out] = sum + constant(p.out.bias + out); });
+  MIRASOL_ROLLED
+  for (int last = 0; last < 2; ++last) {  // one piece of code for both matrices
+    const Linear& m = last ? p.out : p.hidden;
+    const int in = last ? h : c;
+    times(crew, sums, last ? hidden : x, n, in, 0, last ? k : h, [&](int out) { return m.weight + int64_t(out) * in; },
+          [&](int row, int out, float sum) {
+            sum += constant(m.bias + out);
+            if (last) logits(row)[out] = sum;
+            else hidden[row * h + out] = gelu(sum);
+          });
+  }
 }
 
 // A softmax state that is merged with that of the tokens: max (k), sum (k), weighted sum (k, c).
@@ -146,56 +186,52 @@ struct Carried {
 };
 
 // Pools `tokens` tokens x (tokens, width) in shared memory, a slice of their channels that begins at `channel`, by the
-// softmax over tokens of logits (tokens, k): done(i, j, value) for channel j of the slice of pooled token i.
-// Shared memory: weights (tokens, up to COLUMNS), parts (threads), three (3, COLUMNS).
-template <class Crew, class Done>
-MIRASOL_HOST_DEVICE void pool(Crew& crew, const Carried& carried, const float* logits, int tokens, int k, const float* x,
-                              int c, int channel, int width, float* weights, float* parts, float* three, Done done) {
+// softmax over tokens of their k logits, at logits(token): done(i, j, value) for channel j of the slice of pooled token
+// i.  Shared memory: weights (tokens, up to COLUMNS), parts (threads), three (3, COLUMNS).
+template <class Crew, class Logits, class Done>
+MIRASOL_HOST_DEVICE void pool(Crew& crew, const Carried& carried, Logits logits, int tokens, int k, const float* x, int c,
+                              int channel, int width, float* weights, float* parts, float* three, Done done) {
   float *const top = three, *const carry = three + COLUMNS, *const total = three + 2 * COLUMNS;
   for (int first = 0; first < k; first += COLUMNS) {
     const int n = least(COLUMNS, k - first), shares = most(1, crew.threads / n);
-    crew.each([&](int thread) {
-      for (int i = thread; i < shares * n; i += crew.threads) {
-        float highest = -INFINITY;
-        for (int token = i / n; token < tokens; token += shares) {
-          const float logit = logits[int64_t(token) * k + first + i % n];
-          weights[token * n + i % n] = logit;
-          highest = fmaxf(highest, logit);
+    spread(crew, shares * n, [&](int i) {
+      const int column = i % n;
+      float highest = -INFINITY;
+      MIRASOL_ROLLED
+      for (int token = i / n; token < tokens; token += ROWS * shares) {
+        float some[ROWS];
+        for (int j = 0; j < ROWS; ++j) some[j] = logits(least(token + j * shares, tokens - 1))[first + column];
+        for (int j = 0; j < ROWS; ++j) {
+          if (token + j * shares < tokens) weights[(token + j * shares) * n + column] = some[j];
+          highest = fmaxf(highest, some[j]);
         }
-        parts[i] = highest;
       }
+      parts[i] = highest;
     });
-    crew.each([&](int thread) {
-      for (int i = thread; i < n; i += crew.threads) {
-        const float before = constant(carried.max + first + i);
-        float highest = before;
-        for (int j = 0; j < shares; ++j) highest = fmaxf(highest, parts[j * n + i]);
-        top[i] = highest == -INFINITY ? 0 : highest;  // of nothing at all
-        carry[i] = expf(before - top[i]);
-      }
+    spread(crew, n, [&](int i) {
+      const float before = constant(carried.max + first + i);
+      float highest = before;
+      for (int j = 0; j < shares; ++j) highest = fmaxf(highest, parts[j * n + i]);
+      top[i] = highest == -INFINITY ? 0 : highest;  // of nothing at all
+      carry[i] = expf(before - top[i]);
     });
-    crew.each([&](int thread) {
-      for (int i = thread; i < shares * n; i += crew.threads) {
-        float sum = 0;
-        for (int token = i / n; token < tokens; token += shares)
-          sum += weights[token * n + i % n] = expf(weights[token * n + i % n] - top[i % n]);
-        parts[i] = sum;
-      }
+    spread(crew, shares * n, [&](int i) {
+      const int column = i % n;
+      float sum = 0;
+      for (int token = i / n; token < tokens; token += shares)
+        sum += weights[token * n + column] = expf(weights[token * n + column] - top[column]);
+      parts[i] = sum;
     });
-    crew.each([&](int thread) {
-      for (int i = thread; i < n; i += crew.threads) {
-        float sum = carry[i] * constant(carried.sum + first + i);
-        for (int j = 0; j < shares; ++j) sum += parts[j * n + i];
-        total[i] = sum == 0 ? 1 : sum;
-      }
+    spread(crew, n, [&](int i) {
+      float sum = carry[i] * constant(carried.sum + first + i);
+      for (int j = 0; j < shares; ++j) sum += parts[j * n + i];
+      total[i] = sum == 0 ? 1 : sum;
     });
-    crew.each([&](int thread) {
-      for (int i = thread; i < n * width; i += crew.threads) {
-        const int column = i / width, j = i % width;
-        float sum = carry[column] * constant(carried.pooled + int64_t(first + column) * c + channel + j);
-        for (int token = 0; token < tokens; ++token) sum += weights[token * n + column] * x[token * width + j];
-        done(first + column, j, sum / total[column]);
-      }
+    spread(crew, n * width, [&](int i) {
+      const int column = i / width, j = i % width;
+      float sum = carry[column] * constant(carried.pooled + int64_t(first + column) * c + channel + j);
+      for (int token = 0; token < tokens; ++token) sum += weights[token * n + column] * x[token * width + j];
+      done(first + column, j, sum / total[column]);
     });
   }
 }

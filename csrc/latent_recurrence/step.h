@@ -90,14 +90,6 @@ struct Phase {
     return shared.held + (int64_t(at % 2) * s.batch + b) * s.memory * shared.width;
   }
 
-  // f(i) for every i < n, each on some thread.
-  template <class F>
-  MIRASOL_HOST_DEVICE void each(int64_t n, F f) const {
-    crew.each([&](int thread) {
-      for (int64_t i = thread; i < n; i += crew.threads) f(int(i));
-    });
-  }
-
   // work(first, n) for this block's groups of up to ROWS out of `all` rows; `kinds` of work on each: work(.., kind).
   template <class Work>
   MIRASOL_HOST_DEVICE void groups(int all, int kinds, Work work) const {
@@ -120,11 +112,11 @@ struct Phase {
   }
 
   MIRASOL_HOST_DEVICE void fetch(const float* from, int row, int n, int k) const {  // rows of k numbers to shared.x
-    each(int64_t(n) * k, [&](int i) { shared.x[i] = from[int64_t(row) * k + i]; });
+    spread_rows(crew, n, k, shared.x, [&](int r, int i) { return from[int64_t(row + r) * k + i]; });
   }
 
   MIRASOL_HOST_DEVICE void begin() const {
-    each(int64_t(s.batch) * s.memory * width, [&](int i) {
+    spread(crew, s.batch * s.memory * width, [&](int i) {
       held(0, 0)[i / width * shared.width + i % width] =
           constant(a.f.call.start + int64_t(i / width) * s.c + channel + i % width);
     });
@@ -136,10 +128,12 @@ struct Phase {
     const float* const from = step ? a.f.last : call.start;
     groups(s.batch * s.memory, 2, [&](int first, int n, int writes) {
       const float* const table = writes ? call.write_table : call.read_table;
-      each(int64_t(n) * s.c, [&](int i) {
-        const float add = table ? constant(table + int64_t((first + i / s.c) % s.memory) * s.c + i % s.c) : 0;
-        shared.x[i] = from[int64_t(first) * s.c + i] + add;
-      });
+      if (!table) fetch(from, first, n, s.c);
+      else
+        spread_rows(crew, n, s.c, shared.x, [&](int row, int i) {
+          const float add = constant(table + int64_t((first + row) % s.memory) * s.c + i);
+          return from[int64_t(first + row) * s.c + i] + add;
+        });
       const int k = writes ? s.memory : s.read;
       look(crew, shared.sums, writes ? call.writer : call.reader, shared.x, n, s.c, shared.hidden, s.hidden, k,
            [&](int row) {
@@ -161,15 +155,16 @@ struct Phase {
     const Call& call = a.f.call;
     for (int b = 0; b < s.batch; ++b) {
       const float* const now = held(step, b);
-      each(s.memory * width, [&](int i) {
+      spread(crew, s.memory * width, [&](int i) {
         const int slot = i / width, j = i % width;
         const int64_t at = int64_t(slot) * s.c + channel + j;
         const float value = now[slot * shared.width + j];
         shared.placed[i] = value + (call.read_table ? constant(call.read_table + at) : 0);
         if (a.f.kept) a.f.kept[(int64_t(b) * s.steps + step) * s.memory * s.c + at] = value;
       });
-      pool(crew, carried(call.for_read, b, s.read), a.scratch.read_logits + int64_t(b) * s.memory * s.read, s.memory,
-           s.read, shared.placed, s.c, channel, width, shared.weights, shared.parts, shared.three,
+      const float* const logits = a.scratch.read_logits + int64_t(b) * s.memory * s.read;
+      pool(crew, carried(call.for_read, b, s.read), [&](int token) { return logits + token * s.read; }, s.memory, s.read,
+           shared.placed, s.c, channel, width, shared.weights, shared.parts, shared.three,
            [&](int token, int j, float value) {
              const int64_t at = int64_t(token) * s.c + channel + j;
              const float add = call.process_table ? constant(call.process_table + at) : 0;
@@ -178,15 +173,24 @@ struct Phase {
     }
   }
 
-  MIRASOL_HOST_DEVICE void project(const Block& p) const {  // to queries, keys and values
-    outputs(3 * s.c, [&](int row, int n, int first, int end) {
-      fetch(a.scratch.x, row, n, s.c);
-      normalise(crew, shared.sums, shared.x, n, s.c, p.norm1);
-      const auto of = [&](int out) -> const Linear& { return out < s.c ? p.q : out < 2 * s.c ? p.k : p.v; };
-      times(crew, shared.sums, shared.x, n, s.c, first, end,
-            [&](int out) { return of(out).weight + int64_t(out % s.c) * s.c; },
+  // Matrix `which` of the four of a layer: to queries, keys and values; out of attention; into the MLP; out of it.
+  MIRASOL_HOST_DEVICE void product(const Block& p, int which) const {
+    const bool three = which == 0, inner = which == 2, add = which % 2;
+    const Norm& norm = three ? p.norm1 : p.norm2;
+    const Linear &one = three ? p.q : inner ? p.hidden : which == 1 ? p.out : p.shrink;
+    const float* const from = which == 1 ? a.scratch.attended : which == 3 ? a.scratch.inner : a.scratch.x;
+    float* const to = three ? a.scratch.qkv : inner ? a.scratch.inner : a.scratch.x;
+    const int k = which == 3 ? s.mlp : s.c, each = inner ? s.mlp : s.c, outs = three ? 3 * s.c : each;
+    outputs(outs, [&](int row, int n, int first, int end) {
+      fetch(from, row, n, k);
+      if (!add) normalise(crew, shared.sums, shared.x, n, k, norm);
+      const auto of = [&](int out) -> const Linear& { return out < each ? one : out < 2 * each ? p.k : p.v; };
+      times(crew, shared.sums, shared.x, n, k, first, end,
+            [&](int out) { return of(out).weight + int64_t(out % each) * k; },
             [&](int r, int out, float sum) {
-              a.scratch.qkv[int64_t(row + r) * 3 * s.c + out] = sum + constant(of(out).bias + out % s.c);
+              sum += constant(of(out).bias + out % each);
+              float& y = to[int64_t(row + r) * outs + out];  // read and written by this thread alone
+              y = add ? y + sum : inner ? gelu(sum) : sum;
             });
     });
   }
@@ -198,25 +202,25 @@ struct Phase {
       const int row = item % tiles * ROWS, head = item / tiles % s.heads, b = item / tiles / s.heads;
       const int n = least(ROWS, s.read - row);
       const float* const from = a.scratch.qkv + int64_t(b) * s.read * 3 * s.c + head * d;
-      each(s.read * d, [&](int i) {
+      spread(crew, s.read * d, [&](int i) {
         const int token = i / d, j = i % d;
         const float* const at = from + int64_t(token) * 3 * s.c + j;
         if (token >= row && token < row + n) shared.q[(token - row) * stride + j] = at[0];
         shared.k[token * stride + j] = at[s.c], shared.v[token * stride + j] = at[2 * s.c];
       });
-      each(n * s.read, [&](int i) {
+      spread(crew, n * s.read, [&](int i) {
         const float *const q = shared.q + i / s.read * stride, *const k = shared.k + i % s.read * stride;
         float sum = 0;
         for (int j = 0; j < d; ++j) sum += q[j] * k[j];
         shared.scores[i] = sum * scale;
       });
-      each(n, [&](int i) {
+      spread(crew, n, [&](int i) {
         float *const score = shared.scores + i * s.read, highest = -INFINITY, total = 0;
         for (int j = 0; j < s.read; ++j) highest = fmaxf(highest, score[j]);
         for (int j = 0; j < s.read; ++j) total += score[j] = expf(score[j] - highest);
         for (int j = 0; j < s.read; ++j) score[j] /= total;
       });
-      each(n * d, [&](int i) {
+      spread(crew, n * d, [&](int i) {
         const float* const score = shared.scores + i / d * s.read;
         float sum = 0;
         for (int j = 0; j < s.read; ++j) sum += score[j] * shared.v[j * stride + i % d];
@@ -225,40 +229,17 @@ struct Phase {
     }
   }
 
-  // x += from (rows, k) through `p`: a number of x has one thread that reads and writes it.
-  MIRASOL_HOST_DEVICE void add(const float* from, int k, const Linear& p) const {
-    outputs(s.c, [&](int row, int n, int first, int end) {
-      fetch(from, row, n, k);
-      times(crew, shared.sums, shared.x, n, k, first, end, [&](int out) { return p.weight + int64_t(out) * k; },
-            [&](int r, int out, float sum) {
-              a.scratch.x[int64_t(row + r) * s.c + out] += sum + constant(p.bias + out);
-            });
-    });
-  }
-
-  MIRASOL_HOST_DEVICE void expand(const Block& p) const {
-    outputs(s.mlp, [&](int row, int n, int first, int end) {
-      fetch(a.scratch.x, row, n, s.c);
-      normalise(crew, shared.sums, shared.x, n, s.c, p.norm2);
-      times(crew, shared.sums, shared.x, n, s.c, first, end,
-            [&](int out) { return p.hidden.weight + int64_t(out) * s.c; },
-            [&](int r, int out, float sum) {
-              a.scratch.inner[int64_t(row + r) * s.mlp + out] = gelu(sum + constant(p.hidden.bias + out));
-            });
-    });
-  }
-
   // The output, and its logits for writing.
   MIRASOL_HOST_DEVICE void look_at_output() const {
     const Call& call = a.f.call;
     groups(s.batch * s.read, 1, [&](int first, int n, int) {
       fetch(a.scratch.x, first, n, s.c);
       normalise(crew, shared.sums, shared.x, n, s.c, call.norm);
-      each(int64_t(n) * s.c, [&](int i) {
-        const int b = (first + i / s.c) / s.read, token = (first + i / s.c) % s.read;
-        const int64_t at = int64_t(token) * s.c + i % s.c;
-        a.f.outputs[(int64_t(b) * s.steps + step) * s.read * s.c + at] = shared.x[i];
-        if (call.output_table) shared.x[i] += constant(call.output_table + at);
+      spread_rows(crew, n, s.c, shared.x, [&](int row, int i) {
+        const int64_t b = (first + row) / s.read, token = (first + row) % s.read;
+        const float y = shared.x[row * s.c + i];
+        a.f.outputs[((b * s.steps + step) * s.read + token) * s.c + i] = y;
+        return call.output_table ? y + constant(call.output_table + token * s.c + i) : y;
       });
       look(crew, shared.sums, call.writer, shared.x, n, s.c, shared.hidden, s.hidden, s.memory, [&](int row) {
         const int b = (first + row) / s.read, token = s.memory + (first + row) % s.read;
@@ -275,16 +256,16 @@ struct Phase {
       const float* const now = held(step, b);
       float* const next = held(step + 1, b);
       const float* const output = a.f.outputs + (int64_t(b) * s.steps + step) * s.read * s.c;
-      each(s.tokens() * width, [&](int i) {
+      spread(crew, s.tokens() * width, [&](int i) {
         const int token = i / width, j = i % width, out = token - s.memory;
         const float* const table = out < 0 ? call.write_table : call.output_table;
         const int64_t at = int64_t(out < 0 ? token : out) * s.c + channel + j;
         const float value = out < 0 ? now[token * shared.width + j] : output[at];
         shared.placed[i] = value + (table ? constant(table + at) : 0);
       });
-      pool(crew, carried(call.for_write, b, s.memory),
-           a.scratch.write_logits + int64_t(b) * s.tokens() * s.memory, s.tokens(), s.memory, shared.placed, s.c,
-           channel, width, shared.weights, shared.parts, shared.three, [&](int slot, int j, float value) {
+      const float* const logits = a.scratch.write_logits + int64_t(b) * s.tokens() * s.memory;
+      pool(crew, carried(call.for_write, b, s.memory), [&](int token) { return logits + token * s.memory; }, s.tokens(),
+           s.memory, shared.placed, s.c, channel, width, shared.weights, shared.parts, shared.three, [&](int slot, int j, float value) {
              next[slot * shared.width + j] = value;
              a.f.last[(int64_t(b) * s.memory + slot) * s.c + channel + j] = value;
            });
@@ -306,11 +287,11 @@ MIRASOL_HOST_DEVICE void run_steps(Grid& grid, const Arguments& a) {
     phase([](const auto& p) { p.read(); });
     for (int i = 0; i < a.s.layers; ++i) {
       const Block& block = a.layers[i];
-      phase([&](const auto& p) { p.project(block); });
-      phase([](const auto& p) { p.attend(); });
-      phase([&](const auto& p) { p.add(a.scratch.attended, a.s.c, block.out); });
-      phase([&](const auto& p) { p.expand(block); });
-      phase([&](const auto& p) { p.add(a.scratch.inner, a.s.mlp, block.shrink); });
+      MIRASOL_ROLLED
+      for (int which = 0; which < 4; ++which) {  // one piece of code for all four
+        phase([&](const auto& p) { p.product(block, which); });
+        if (which == 0) phase([](const auto& p) { p.attend(); });
+      }
     }
     phase([](const auto& p) { p.look_at_output(); });
     phase([](const auto& p) { p.write(); });
