@@ -4,8 +4,8 @@
 //   threads          a multiple of LANES
 //   shared           its shared memory
 //   each(f)          f(thread) for every thread, in any order; returns when all are done
-// Threads have nothing of their own from one each() to the next: all that they hand on is in shared memory.  So the host
-// can be a crew, and every index and every meeting but the hardware's own barriers is tested there (test_device.h).
+// Threads have nothing of their own from one each() to the next: all that they hand on is in shared memory.  So the
+// host can be a crew, and every index and every meeting but the hardware's own barriers is tested there (test_device.h).
 #include <cmath>
 #include <cstdint>
 #include "common/host_device.h"
@@ -189,8 +189,8 @@ struct Carried {
 // softmax over tokens of their k logits, at logits(token): done(i, j, value) for channel j of the slice of pooled token
 // i.  Shared memory: weights (tokens, up to COLUMNS), parts (threads), three (3, COLUMNS).
 template <class Crew, class Logits, class Done>
-MIRASOL_HOST_DEVICE void pool(Crew& crew, const Carried& carried, Logits logits, int tokens, int k, const float* x, int c,
-                              int channel, int width, float* weights, float* parts, float* three, Done done) {
+MIRASOL_HOST_DEVICE void pool(Crew& crew, const Carried& carried, Logits logits, int tokens, int k, const float* x,
+                              int c, int channel, int width, float* weights, float* parts, float* three, Done done) {
   float *const top = three, *const carry = three + COLUMNS, *const total = three + 2 * COLUMNS;
   for (int first = 0; first < k; first += COLUMNS) {
     const int n = least(COLUMNS, k - first), shares = most(1, crew.threads / n);

@@ -5,8 +5,9 @@
 // Reading and writing pool slots, channel by channel, so they need no other block's slice: only logits, which are few
 // (mem (mem + 2 r) numbers).  The logits need whole slots: each block also leaves its new slice in `last`, in the
 // second-level cache, where a block then fetches the few slots that it looks at.  Slots cut among blocks instead would
-// cost the same meetings and leave the pooling to fetch all slots.  Matrices are cut by outputs, so that all blocks together
-// read each weight once a step.  The residual stream is in the scratch memory; every number there has one writer.
+// cost the same meetings and leave the pooling to fetch all slots.  Matrices are cut by outputs, so that all blocks
+// together read each weight once a step.  The residual stream is in the scratch memory; every number there has one
+// writer.  The batch goes along in every phase.
 #include <type_traits>
 #include "latent_recurrence/crew.h"
 
@@ -100,7 +101,7 @@ struct Phase {
     }
   }
 
-  // work(row, n, first, end) for this block's part of some rows by `outs` outputs: few rows leave all blocks to outputs.
+  // work(row, n, first, end) for this block's part of all rows by `outs` outputs: few rows leave all blocks to outputs.
   template <class Work>
   MIRASOL_HOST_DEVICE void outputs(int outs, Work work) const {
     const int rows = s.batch * s.read, tiles = pieces(rows, ROWS);
@@ -163,8 +164,8 @@ struct Phase {
         if (a.f.kept) a.f.kept[(int64_t(b) * s.steps + step) * s.memory * s.c + at] = value;
       });
       const float* const logits = a.scratch.read_logits + int64_t(b) * s.memory * s.read;
-      pool(crew, carried(call.for_read, b, s.read), [&](int token) { return logits + token * s.read; }, s.memory, s.read,
-           shared.placed, s.c, channel, width, shared.weights, shared.parts, shared.three,
+      pool(crew, carried(call.for_read, b, s.read), [&](int token) { return logits + token * s.read; }, s.memory,
+           s.read, shared.placed, s.c, channel, width, shared.weights, shared.parts, shared.three,
            [&](int token, int j, float value) {
              const int64_t at = int64_t(token) * s.c + channel + j;
              const float add = call.process_table ? constant(call.process_table + at) : 0;
@@ -265,7 +266,8 @@ struct Phase {
       });
       const float* const logits = a.scratch.write_logits + int64_t(b) * s.tokens() * s.memory;
       pool(crew, carried(call.for_write, b, s.memory), [&](int token) { return logits + token * s.memory; }, s.tokens(),
-           s.memory, shared.placed, s.c, channel, width, shared.weights, shared.parts, shared.three, [&](int slot, int j, float value) {
+           s.memory, shared.placed, s.c, channel, width, shared.weights, shared.parts, shared.three,
+           [&](int slot, int j, float value) {
              next[slot * shared.width + j] = value;
              a.f.last[(int64_t(b) * s.memory + slot) * s.c + channel + j] = value;
            });
