@@ -1,5 +1,5 @@
-// One block on every multiprocessor, all there at once (a cooperative launch); step.h has what they do.
-// It has never run on a GPU.
+// One block on every multiprocessor, all there at once (a cooperative launch); step.h has what they do.  2026-11-25:
+// compiled for sm_80 and sm_90a without spills, the body tested on the host; it has never run on a GPU.
 #include <cooperative_groups.h>
 #include "latent_recurrence/cuda.h"
 #include "latent_recurrence/plan.h"
@@ -57,7 +57,7 @@ struct Chip {
 const char* recurrence_refusal(const Call& call) {
   const Chip chip;
   if (chip.error != cudaSuccess) return cudaGetErrorString(chip.error);
-  return chip.cooperative ? refusal(call, chip.blocks, chip.bytes) : "GPUs with cooperative launches only";
+  return chip.cooperative ? refusal(call, chip.blocks, chip.bytes) : "a GPU that can launch a whole grid at once";
 }
 
 int64_t recurrence_scratch(const Call& call) { return scratch_floats(call); }

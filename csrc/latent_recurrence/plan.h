@@ -1,5 +1,6 @@
 #pragma once
 // The host's side of step.h: what the kernel is called with, and which calls it does not take.
+#include <initializer_list>
 #include "latent_recurrence/step.h"
 
 namespace mirasol::cuda {
@@ -20,7 +21,7 @@ inline const char* refusal(const Call& call, int64_t blocks, int64_t bytes) {
   if (call.batch * call.read >= large || call.batch * call.heads * call.read >= large * 64)
     return "batch times read tokens below 2^24, times heads below 2^30";
   const Shared shared(nullptr, sizes_of(call), int(blocks), THREADS);
-  return shared.floats * int64_t(sizeof(float)) <= bytes ? nullptr : "what fits the shared memory of this GPU only";
+  return shared.floats * int64_t(sizeof(float)) <= bytes ? nullptr : "what fits the shared memory of this GPU";
 }
 
 inline Scratch scratch_of(Cut& at, const Call& c) {
