@@ -16,7 +16,7 @@ struct DeviceProblem {
   std::string name;
   Problem s;
   int blocks, threads;
-  double sharp = 1;  // factor of logits
+  double sharp = 1;  // factor of logits; its square is that of their biases
   double empty = 0;  // share of the input's states that are of nothing
 };
 
@@ -91,7 +91,8 @@ inline vector<DeviceProblem> device_problems() {
       {"empty inputs", {1, 3, 8, 4, 32, 16, 32, 4, 1, true}, 9, 64, 1, 0.6},
       {"long", {1, 24, 6, 4, 32, 8, 32, 4, 1, true}, 5, 64},
       {"two layers", {1, 2, 24, 16, 96, 16, 100, 4, 2, true}, 20, 512},
-      {"long sums, few outputs", {1, 1, 4, 2, 600, 70, 700, 2, 1, true}, 9, 64},
+      {"long sums", {1, 1, 4, 2, 500, 70, 700, 2, 1, true}, 9, 64},
+      {"long sums, few outputs", {1, 1, 3, 2, 1104, 8, 1100, 2, 1, true}, 140, 512},
       {"as on an H100", {1, 2, 64, 8, 512, 64, 512, 8, 1, true}, 132, cuda::THREADS},
   };
   for (int i = 0; i < 30; ++i) {
@@ -106,8 +107,10 @@ inline vector<DeviceProblem> device_problems() {
 
 inline Arrays drawn(const DeviceProblem& p) {
   Arrays a = drawn(p.s);
-  for (const size_t out : {11, 17})
+  for (const size_t out : {11, 17}) {
     for (double& x : a[out]) x = float(x * p.sharp);
+    for (double& x : a[out + 1]) x = float(x * p.sharp * p.sharp);
+  }
   for (const size_t state : {1, 4})
     for (size_t i = 0; i < a[state].size(); ++i)
       if (std::bernoulli_distribution(p.empty)(generator)) {
