@@ -1,6 +1,6 @@
 #pragma once
-// Tensors as the bindings get them -> what kernels take, checked.  Templates on the tensor's class, so that they name no
-// torch header.
+// Tensors as the bindings get them -> what kernels take, checked.  Templates on the tensor's class, so that they name
+// no torch header.
 #include <algorithm>
 #include <initializer_list>
 #include <optional>
