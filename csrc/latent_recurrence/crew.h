@@ -4,9 +4,9 @@
 //   threads          a multiple of LANES
 //   shared           its shared memory
 //   each(f)          f(thread) for every thread, in any order; returns when all are done
-// Threads have nothing of their own from one each() to the next: all that they hand on is in shared memory.  So the
 // Threads have nothing of their own from one each() to the next: what they hand on is in shared memory.  So the host
 // can be a crew, and every index and every meeting but the hardware's own barriers is tested there (test_device.h).
+#include <cmath>
 #include <cstdint>
 #include "common/host_device.h"
 #include "latent_recurrence/kernel.h"
