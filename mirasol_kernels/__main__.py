@@ -80,7 +80,7 @@ def check() -> bool:
         for dtype in DTYPES:
             worst, refused = {}, set()
             for case in op.cases.cases(backend.device, dtype):
-                said = explain(case.call, **case.tensors, backend=backend.name)[backend.name]
+                said = explain(case.call, **_check.leaves(case), backend=backend.name)[backend.name]
                 if said == "runs":
                     worst[case.name] = max(_check.check(case, backend.name).values(), default=0.0)
                 else:

@@ -17,9 +17,14 @@ class Case(NamedTuple):
     tensors: dict[str, Tensor]
 
 
+def leaves(case: Case, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """The tensors of the case, cast to `dtype`, as `evaluate` passes them: a forward-only backend refuses these."""
+    return {name: x.detach().to(dtype or x.dtype).requires_grad_() for name, x in case.tensors.items()}
+
+
 def evaluate(case: Case, backend: str | None, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """Outputs "out0", "out1", ... and gradients "d" + name of the case on `backend`, its tensors cast to `dtype`."""
-    tensors = {name: x.detach().to(dtype or x.dtype).requires_grad_() for name, x in case.tensors.items()}
+    tensors = leaves(case, dtype)
     with torch.enable_grad():
         outputs = case.call(**tensors, backend=backend)
     outputs = (outputs,) if isinstance(outputs, Tensor) else outputs

@@ -28,13 +28,28 @@ def examined(launch: Any, capability: int, what: str, *, tensor_cores: bool) -> 
 
 
 def cuobjdump(binary: bytes, option: str) -> str:
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary)
         file.flush()
-        return subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
+        return cuobjdump_of(Path(file.name), option)
+
+
+def cuobjdump_of(file: Path, option: str) -> str:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    return subprocess.run([tool, option, file], capture_output=True, text=True, check=True).stdout
+
+
+def library_resources(library: Path) -> dict[tuple[str, str], tuple[int, int]]:
+    """(kernel, "sm_80", ...) -> registers of a thread and bytes of its stack, of a compiled CUDA library."""
+    found = {}
+    for part in re.split(r"^arch = ", cuobjdump_of(library, "-res-usage"), flags=re.M)[1:]:
+        arch = part.split()[0]
+        for name, registers, stack in re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", part):
+            (kernel,) = re.findall(r"\d([a-z_]+_kernel)E", name)
+            found[kernel, arch] = int(registers), int(stack)
+    return found
 
 
 def resources(binary: bytes) -> tuple[int, int]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mirasol_kernels import explain
-from mirasol_kernels._check import Case, evaluate
+from mirasol_kernels._check import Case, evaluate, leaves
 from mirasol_kernels._dispatch import Op
 from tests.numerics import assert_within_budget
 
@@ -37,7 +37,7 @@ def case_of(entry: Entry, dtype: torch.dtype = torch.float32) -> Case:
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("no GPU")
     case = list(op.cases.cases(device, dtype))[number]
-    said = explain(case.call, **case.tensors, backend=backend)[backend]
+    said = explain(case.call, **leaves(case), backend=backend)[backend]
     if said != "runs":
         pytest.skip(f"{backend}: {said}")
     return case

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from mirasol_kernels import SnippetLayout
+from mirasol_kernels import SnippetLayout, _native
 from mirasol_kernels._dispatch import Op, use_backend
 from mirasol_kernels.block_causal_attention import op
 from mirasol_kernels.token_learner import op as token_learner
-from tests.gpu_code import SHARED, examined
+from tests.gpu_code import SHARED, examined, library_resources
 
 ROOT = Path(__file__).parents[1]
 ABSENT = next(b.absent for b in op.OP.backends if b.name == "triton")
@@ -165,6 +165,30 @@ def test_every_token_learner_tile_resolves() -> None:
                 for k in (1, 8, 17, 96, 512):
                     slots = slots_of(k, h, dtype)
                     assert slots & (slots - 1) == 0 and slots >= 16
+
+
+CUDA_ABSENT = next(b.absent for b in op.OP.backends if b.name == "cuda")
+# Threads of a block.
+CUDA_KERNELS = {
+    "forward_kernel": 128,
+    "backward_query_kernel": 128,
+    "backward_key_kernel": 128,
+    "recurrence_kernel": 512,
+}
+
+
+@pytest.mark.skipif(CUDA_ABSENT is not None, reason=f"cuda: {CUDA_ABSENT}")
+def test_cuda_library_spills_nothing(record_property: Any) -> None:
+    """Of every kernel and both chips; a block's threads also find registers enough.  Shared memory of the recurrence is
+    asked for at the launch: ctest says what fits."""
+    found = library_resources(_native.HOME / "_native_cuda.so")
+    for arch in ("sm_80", "sm_90a"):
+        assert {kernel for kernel, compiled_for in found if compiled_for == arch} == set(CUDA_KERNELS)
+    for (kernel, arch), (registers, stack) in found.items():
+        assert stack == 0, f"{kernel} for {arch}: spills, {stack} bytes"
+        assert -(-registers // 8) * 8 * CUDA_KERNELS[kernel] <= 65536, f"{kernel} for {arch}: {registers} registers"
+    figures = ", ".join(f"{kernel} {arch} {registers}" for (kernel, arch), (registers, _) in found.items())
+    record_property("summary", f"compiled CUDA kernels, registers: {figures}")
 
 
 def test_what_triton_refuses(monkeypatch: pytest.MonkeyPatch) -> None:

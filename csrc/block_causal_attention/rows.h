@@ -4,12 +4,7 @@
 // Exact and simple, not fast: every pair costs a product of rows.  No atomics; sums in a fixed order.
 #include <cmath>
 #include "block_causal_attention/kernel.h"
-
-#ifdef __CUDACC__
-#define MIRASOL_HOST_DEVICE __host__ __device__
-#else
-#define MIRASOL_HOST_DEVICE
-#endif
+#include "common/host_device.h"
 
 namespace mirasol::cuda {
 

@@ -1,210 +1,21 @@
 // All steps in one call against the definition, a step as it is written: forward in its budget, gradients by the change
 // of a random function along a random direction; any team, any cut in time, kept or not: the same bits.
+// And the body of the CUDA kernel, test_device.h.
 #include <cstdio>
 #include <cstdlib>
 #include <functional>
-#include "common/testing.h"
-#include "latent_recurrence/kernel.h"
+#include "latent_recurrence/problems.h"
+#include "latent_recurrence/test_device.h"
 
 using namespace mirasol::latent_recurrence;
-using namespace mirasol::testing;
 
 namespace {
-
-struct Sizes {
-  int64_t batch, steps, memory, read, c, hidden, mlp, heads, layers;
-  bool tables;
-};
-
-// Everything a call reads, in one list: start, 3 of read, 3 of write, weights as in op.py, 4 tables (may be empty).
-using Arrays = vector<vector<double>>;
-
-vector<int64_t> lengths(const Sizes& s) {
-  const int64_t T = s.batch * s.steps, c = s.c, mem = s.memory, r = s.read;
-  vector<int64_t> n{s.batch * mem * c, T * r, T * r, T * r * c, T * mem, T * mem, T * mem * c};
-  for (int64_t k : {r, mem}) n.insert(n.end(), {c, c, s.hidden * c, s.hidden, k * s.hidden, k});
-  for (int64_t i = 0; i < s.layers; ++i) {
-    n.insert(n.end(), {c, c});
-    for (int j = 0; j < 4; ++j) n.insert(n.end(), {c * c, c});
-    n.insert(n.end(), {c, c, s.mlp * c, s.mlp, c * s.mlp, c});
-  }
-  n.insert(n.end(), {c, c});
-  for (int64_t k : {mem, mem, r, r}) n.push_back(s.tables ? k * c : 0);
-  return n;
-}
-
-Arrays drawn(const Sizes& s) {
-  std::normal_distribution<float> normal;
-  Arrays all;
-  const vector<int64_t> sizes = lengths(s);
-  for (size_t i = 0; i < sizes.size(); ++i) {
-    vector<double> x(sizes[i]);
-    const bool weight = i >= 7 && i + 4 < sizes.size();
-    for (double& v : x) v = float(normal(generator) * (weight && sizes[i] > s.c ? 0.3 : 0.7));
-    if (i == 2 || i == 5)
-      for (double& v : x) v = float(std::abs(v) + 0.5);
-    all.push_back(x);
-  }
-  // A state of no tokens at all.
-  all[1][0] = -INFINITY, all[2][0] = 0;
-  std::fill(all[3].begin(), all[3].begin() + s.c, 0);
-  return all;
-}
-
-template <class T>
-vector<T> layer_norm(const vector<T>& x, int64_t c, const double* weight, const double* bias) {
-  vector<T> y(x.size());
-  for (size_t row = 0; row < x.size(); row += c) {
-    T mean = 0, variance = 0;
-    for (int64_t i = 0; i < c; ++i) mean += x[row + i] / T(c);
-    for (int64_t i = 0; i < c; ++i) variance += (x[row + i] - mean) * (x[row + i] - mean) / T(c);
-    for (int64_t i = 0; i < c; ++i)
-      y[row + i] = (x[row + i] - mean) / std::sqrt(variance + T(1e-6)) * T(weight[i]) + T(bias[i]);
-  }
-  return y;
-}
-
-template <class T>
-vector<T> linear(const vector<T>& x, int64_t in, const vector<double>& weight, const vector<double>& bias) {
-  const int64_t out = bias.size(), rows = x.size() / in;
-  vector<T> y(rows * out);
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t o = 0; o < out; ++o) {
-      T sum = T(bias[o]);
-      for (int64_t i = 0; i < in; ++i) sum += x[r * in + i] * T(weight[o * in + i]);
-      y[r * out + o] = sum;
-    }
-  return y;
-}
-
-template <class T>
-vector<T> gelu(vector<T> x) {
-  for (T& v : x) v = v * T(0.5) * (1 + std::tanh(T(0.7978845608028654) * (v + T(0.044715) * v * v * v)));
-  return x;
-}
-
-template <class T>
-struct Machine {
-  const Sizes& s;
-  const Arrays& a;
-
-  vector<T> plus(vector<T> x, const vector<double>& table) const {
-    for (size_t i = 0; i < table.size(); ++i) x[i] += T(table[i]);
-    return x;
-  }
-
-  // Pools tokens (n, c) with the weights from a[first] on and the state from a[state] on, of that row and step.
-  vector<T> pool(const vector<T>& x, size_t first, size_t state, int64_t at) const {
-    const int64_t c = s.c, n = x.size() / c, k = a[first + 5].size();
-    const vector<T> normal = layer_norm(x, c, a[first].data(), a[first + 1].data());
-    const vector<T> logits = linear(gelu(linear(normal, c, a[first + 2], a[first + 3])), s.hidden, a[first + 4],
-                                    a[first + 5]);
-    vector<T> out(k * c);
-    for (int64_t j = 0; j < k; ++j) {
-      T top = T(a[state][at * k + j]);
-      for (int64_t i = 0; i < n; ++i) top = std::max(top, logits[i * k + j]);
-      const T carry = std::exp(T(a[state][at * k + j]) - top);
-      T total = carry * T(a[state + 1][at * k + j]);
-      for (int64_t e = 0; e < c; ++e) out[j * c + e] = carry * T(a[state + 2][(at * k + j) * c + e]);
-      for (int64_t i = 0; i < n; ++i) {
-        const T weight = std::exp(logits[i * k + j] - top);
-        total += weight;
-        for (int64_t e = 0; e < c; ++e) out[j * c + e] += weight * x[i * c + e];
-      }
-      for (int64_t e = 0; e < c; ++e) out[j * c + e] /= total;
-    }
-    return out;
-  }
-
-  vector<T> attention(const vector<T>& x, size_t w) const {
-    const int64_t c = s.c, r = s.read, d = c / s.heads;
-    const vector<T> q = linear(x, c, a[w], a[w + 1]), k = linear(x, c, a[w + 2], a[w + 3]);
-    const vector<T> v = linear(x, c, a[w + 4], a[w + 5]);
-    vector<T> out(r * c);
-    for (int64_t h = 0; h < c; h += d)
-      for (int64_t i = 0; i < r; ++i) {
-        vector<T> p(r);
-        T top = -INFINITY, total = 0;
-        for (int64_t j = 0; j < r; ++j) {
-          for (int64_t e = h; e < h + d; ++e) p[j] += q[i * c + e] * k[j * c + e];
-          top = std::max(top, p[j] /= std::sqrt(T(d)));
-        }
-        for (T& weight : p) total += weight = std::exp(weight - top);
-        for (int64_t j = 0; j < r; ++j)
-          for (int64_t e = h; e < h + d; ++e) out[i * c + e] += p[j] / total * v[j * c + e];
-      }
-    return linear(out, c, a[w + 6], a[w + 7]);
-  }
-
-  // (last memory, outputs), one after the other.
-  vector<T> run() const {
-    const int64_t c = s.c, size = s.memory * c, out = s.read * c;
-    vector<T> all(s.batch * (size + s.steps * out));
-    const size_t tables = a.size() - 4, norm = tables - 2;
-    const auto sum = [](vector<T> x, const vector<T>& y) {
-      for (size_t i = 0; i < x.size(); ++i) x[i] += y[i];
-      return x;
-    };
-    for (int64_t b = 0; b < s.batch; ++b) {
-      vector<T> memory(a[0].begin() + b * size, a[0].begin() + (b + 1) * size);
-      for (int64_t t = 0; t < s.steps; ++t) {
-        vector<T> x = plus(pool(plus(memory, a[tables]), 7, 1, b * s.steps + t), a[tables + 3]);
-        for (size_t w = 19; w < norm; w += 16) {
-          x = sum(x, attention(layer_norm(x, c, a[w].data(), a[w + 1].data()), w + 2));
-          const vector<T> normal = layer_norm(x, c, a[w + 10].data(), a[w + 11].data());
-          x = sum(x, linear(gelu(linear(normal, c, a[w + 12], a[w + 13])), s.mlp, a[w + 14], a[w + 15]));
-        }
-        const vector<T> y = layer_norm(x, c, a[norm].data(), a[norm + 1].data());
-        std::copy(y.begin(), y.end(), all.begin() + s.batch * size + (b * s.steps + t) * out);
-        vector<T> seen = plus(memory, a[tables + 1]);
-        const vector<T> last = plus(y, a[tables + 2]);
-        seen.insert(seen.end(), last.begin(), last.end());
-        memory = pool(seen, 13, 4, b * s.steps + t);
-      }
-      std::copy(memory.begin(), memory.end(), all.begin() + b * size);
-    }
-    return all;
-  }
-};
 
 Team team_of(int64_t& threads) {
   return {&threads, [](void* self, int64_t items, void (*work)(void*, int64_t), void* argument) {
             mirasol::share(mirasol::OwnThreads{}, *static_cast<int64_t*>(self), items, 16,
                            [&](float*, int64_t begin, int64_t) { work(argument, begin); });
           }};
-}
-
-using Floats = vector<vector<float>>;
-
-Floats floats_of(const Arrays& a) {
-  Floats all;
-  for (const vector<double>& x : a) all.emplace_back(x.begin(), x.end());
-  return all;
-}
-
-template <class T, class List>
-PoolOf<T> pool_at(List& a, size_t i) {
-  return {{a[i].data(), a[i + 1].data()}, {a[i + 2].data(), a[i + 3].data()}, {a[i + 4].data(), a[i + 5].data()}};
-}
-
-template <class T, class List>
-vector<BlockOf<T>> blocks_at(List& a, const Sizes& s) {
-  vector<BlockOf<T>> blocks;
-  for (int64_t i = 0; i < s.layers; ++i) {
-    const auto at = [&](int j) { return a[19 + 16 * i + j].data(); };
-    blocks.push_back({{at(0), at(1)}, {at(2), at(3)}, {at(4), at(5)}, {at(6), at(7)}, {at(8), at(9)},
-                      {at(10), at(11)}, {at(12), at(13)}, {at(14), at(15)}});
-  }
-  return blocks;
-}
-
-Call call_of(const Sizes& s, const Floats& a, const vector<Block>& blocks) {
-  const size_t tables = a.size() - 4;
-  const auto table = [&](size_t i) { return s.tables ? a[tables + i].data() : nullptr; };
-  return {s.batch, s.steps, s.memory, s.read, s.c, s.hidden, s.mlp, s.heads, s.layers, a[0].data(),
-          {a[1].data(), a[2].data(), a[3].data()}, {a[4].data(), a[5].data(), a[6].data()},
-          pool_at<const float>(a, 7), pool_at<const float>(a, 13), blocks.data(),
-          {a[tables - 2].data(), a[tables - 1].data()}, table(0), table(1), table(2), table(3)};
 }
 
 struct Space {  // aligned, full of NaN
@@ -220,7 +31,7 @@ struct Ran {
   vector<float> results, kept;  // last memory and outputs
 };
 
-Ran forward(const Call& call, const Sizes& s, int64_t threads, bool keep) {
+Ran forward(const Call& call, const Problem& s, int64_t threads, bool keep) {
   const int64_t size = s.batch * s.memory * s.c, out = s.batch * s.steps * s.read * s.c;
   Ran ran{vector<float>(size + out, NaN), vector<float>(keep ? size * s.steps : 0, NaN)};
   Space space(MIRASOL_CALL(latent_recurrence_forward_workspace, call));
@@ -230,7 +41,7 @@ Ran forward(const Call& call, const Sizes& s, int64_t threads, bool keep) {
 }
 
 // Gradients, in the places of Arrays (those of the maxima are empty).
-Floats backward(const Call& call, const Sizes& s, int64_t threads, const vector<float>& cotangent,
+Floats backward(const Call& call, const Problem& s, int64_t threads, const vector<float>& cotangent,
                 const vector<float>& kept) {
   Floats d;
   for (int64_t n : lengths(s)) d.emplace_back(n, NaN);
@@ -254,7 +65,7 @@ double dot(const vector<double>& x, const vector<float>& y) {
 
 // The largest of: what forward used of its budget; the error of a gradient along a direction, in parts of what float32
 // may lose of a sum of so large terms.
-double problem(const Sizes& s) {
+double problem(const Problem& s) {
   const Arrays a = drawn(s);
   const Floats f = floats_of(a);
   const vector<Block> blocks = blocks_at<const float>(f, s);
@@ -300,7 +111,7 @@ double problem(const Sizes& s) {
 
 int main() {
   if (!mirasol::isa_granted()) return 77;
-  vector<Sizes> all{{1, 1, 1, 1, 16, 16, 16, 1, 1, false}, {2, 3, 6, 4, 48, 16, 32, 4, 1, true},
+  vector<Problem> all{{1, 1, 1, 1, 16, 16, 16, 1, 1, false}, {2, 3, 6, 4, 48, 16, 32, 4, 1, true},
                     {1, 5, 3, 9, 32, 32, 48, 2, 2, false}, {3, 2, 17, 5, 112, 16, 16, 7, 1, true},
                     {1, 2, 40, 33, 96, 64, 32, 4, 2, true}, {5, 4, 2, 16, 32, 16, 64, 2, 3, false}};
   for (int i = 0; i < 12; ++i) {
@@ -309,7 +120,7 @@ int main() {
                    16 * draw(1, 3), heads, draw(1, 2), bool(draw(0, 1))});
   }
   double worst = 0;
-  for (const Sizes& s : all) {
+  for (const Problem& s : all) {
     const double used = problem(s);
     if (!(used <= 1))
       std::printf("B %ld T %ld memory %ld read %ld c %ld hidden %ld mlp %ld heads %ld layers %ld tables %d: %g\n",
@@ -318,5 +129,9 @@ int main() {
     worst = std::max(worst, used);
   }
   std::printf("latent_recurrence: %zu problems, at worst %.2f of the budget\n", all.size(), worst);
-  return worst <= 1 ? EXIT_SUCCESS : EXIT_FAILURE;
+  if (mirasol::isa() != mirasol::Isa::base) return worst <= 1 ? EXIT_SUCCESS : EXIT_FAILURE;
+  const DeviceReport device = device_body();  // it is the same for every instruction set
+  std::printf("body of the CUDA kernel: %zu problems, at worst %.2f of the budget, %d failures\n", device.problems,
+              device.worst, device.failures);
+  return worst <= 1 && device.failures == 0 ? EXIT_SUCCESS : EXIT_FAILURE;
 }

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mirasol_kernels._dispatch import Backend, Op
+from mirasol_kernels._dispatch import Backend, Op, wanted_backend
 from mirasol_kernels.latent_recurrence.modules import LearnedMlp, TransformerBlock, tensors_in
 from mirasol_kernels.latent_recurrence.parameters import TokenTuringParameters
 
@@ -81,7 +81,45 @@ def _native(memory: Tensor, sources: tuple[Tensor, ...], p: TokenTuringParameter
     return reason
 
 
+# Compute capability -> the file under benchmarks/results that showed the CUDA kernel right and fast on it.
+VERIFIED: dict[tuple[int, int], str] = {}
+
+
+def _cuda(memory: Tensor, sources: tuple[Tensor, ...], p: TokenTuringParameters, *rest: Any) -> str | None:
+    reason = _not_fused(memory, sources, p, *rest)
+    if reason is not None:
+        return reason
+    named = rest[-1] or wanted_backend()
+    if named != "cuda" and torch.cuda.get_device_capability(memory.device) not in VERIFIED:
+        return "not verified on this GPU: runs only if asked for by name"
+    given = memory, *sources, *(x for _, x in p.named_tensors())
+    if torch.is_grad_enabled() and any(x.requires_grad for x in given):
+        return "forward only: no gradients"
+    blocks = _blocks(p)
+    sizes = memory.shape[0], sources[0].shape[1], memory.shape[1], p.read_tokens, p.width, *_hidden(p), *_mlp(p)
+    sizes = *sizes, blocks[0].attention.heads, len(blocks)
+    # Dynamo traces no operator that returns no tensor; there the launch refuses what does not fit.
+    if not torch.compiler.is_compiling() and not _fits(sizes, memory.device.index):
+        return "16 layers and what fits the GPU's shared memory only"
+    return None
+
+
+def _fits(sizes: tuple[int, ...], device: int) -> bool:
+    return torch.ops.mirasol_cuda_raw.latent_recurrence_fits(sizes, device)
+
+
+def _cuda_fwd(memory: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """It links no CUDA part of torch, so the stream is an argument."""
+    kernel = torch.ops.mirasol_cuda_raw.latent_recurrence_fwd
+    return kernel(memory, *args, torch.cuda.current_stream(memory.device).cuda_stream)
+
+
+def _cuda_bwd(*_: Any) -> list[Tensor]:
+    raise NotImplementedError(f"{OP.name}: backend 'cuda' is forward only; backend='reference' has gradients")
+
+
 OP.backend("native", "cpu", _native)
+OP.backend("cuda", "cuda", _cuda, fwd=_cuda_fwd, bwd=_cuda_bwd)
 
 
 def fused(
