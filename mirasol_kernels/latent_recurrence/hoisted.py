@@ -13,7 +13,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from mirasol_kernels._dispatch import Backend
+from mirasol_kernels._dispatch import Backend, use_backend, wanted_backend
 from mirasol_kernels.block_causal_attention import block_causal_attention
 from mirasol_kernels.latent_recurrence.modules import AddErase, LearnedMlp, LearnedQueries, Linear, Mlp
 from mirasol_kernels.latent_recurrence.op import fused
@@ -72,8 +72,11 @@ def token_turing_recurrence(
         return finished(write, of_step.merge(for_write), memory.dtype), output
 
     if steps is not None:
-        for_read = at_once(_without_bias_gradient(cast(LearnedMlp, p.read)), read_tables[1:])
-        for_write = at_once(_without_bias_gradient(cast(LearnedMlp, p.write)), write_tables[1:-1])
+        # token_learner has no CUDA kernel: beside that of the steps, what is parallel runs on the best there is.
+        backend = None if steps.name == "cuda" else backend or wanted_backend()
+        with use_backend(backend):
+            for_read = at_once(_without_bias_gradient(cast(LearnedMlp, p.read)), read_tables[1:])
+            for_write = at_once(_without_bias_gradient(cast(LearnedMlp, p.write)), write_tables[1:-1])
         tables = read_tables[0], write_tables[0], write_tables[-1], p.process.positions
         return fused(steps, memory, for_read, for_write, p, tables)
     for_read = at_once(p.read, read_tables[1:])

@@ -91,3 +91,18 @@ def test_a_stream_of_steps_is_one_call() -> None:
         memory, y = token_turing_recurrence(memory, x[:, t : t + 1], p, backend="cuda")
         assert torch.equal(y[:, 0], outputs[:, t])
     assert torch.equal(memory, last)
+
+
+def test_what_is_parallel_runs_where_it_can() -> None:
+    """token_learner has no CUDA kernel, and is not asked for one beside the steps on a GPU: here with ours in their
+    place."""
+    native = next(b for b in op.OP.backends if b.name == "native")
+    if native.absent:
+        pytest.skip(f"native: {native.absent}")
+    case = next(case for case in cases() if case.name == "wide")
+    p = case.tensors
+    expected = case.call(**p, backend="native")
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad(), use_backend("cuda"):
+        patch.setattr(op.OP, "backends", [native._replace(name="cuda")])
+        for got, want in zip(case.call(**p), expected, strict=True):
+            assert torch.equal(got, want)
