@@ -90,8 +90,8 @@ def token_turing_recurrence(
     sources = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
     _check(memory, sources, parameters)
     valid = valid if valid is None else _counts(valid, sources)
-    OP.select((memory, *sources), backend)
-    return hoisted.token_turing_recurrence(memory, sources, parameters, valid, backend)
+    steps = OP.select((memory, sources, parameters, backend), backend)
+    return hoisted.token_turing_recurrence(memory, sources, parameters, valid, backend, steps)
 
 
 def _check(memory: Tensor, sources: tuple[Tensor, ...], parameters: TokenTuringParameters) -> None:

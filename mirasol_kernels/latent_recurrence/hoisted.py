@@ -13,8 +13,10 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from mirasol_kernels._dispatch import Backend
 from mirasol_kernels.block_causal_attention import block_causal_attention
-from mirasol_kernels.latent_recurrence.modules import AddErase, LearnedMlp, LearnedQueries
+from mirasol_kernels.latent_recurrence.modules import AddErase, LearnedMlp, LearnedQueries, Linear, Mlp
+from mirasol_kernels.latent_recurrence.op import fused
 from mirasol_kernels.latent_recurrence.parameters import TokenTuringParameters
 from mirasol_kernels.latent_recurrence.parts import add_erase, join_heads, linear, process, split_heads
 from mirasol_kernels.latent_recurrence.scan import scan
@@ -31,8 +33,12 @@ def token_turing_recurrence(
     parameters: TokenTuringParameters,
     valid: Tensor | None,
     backend: str | None,
+    steps: Backend | None,
 ) -> tuple[Tensor, Tensor]:
-    """memory (B, mem, c), sources each (B, T, n, c), valid (B, T, S) or None, as `api` has checked them."""
+    """memory (B, mem, c), sources each (B, T, n, c), valid (B, T, S) or None, as `api` has checked them.
+
+    steps: the backend that runs the sequential part in one call, or None: step by step, in PyTorch.
+    """
     p, batch_and_time = parameters, sources[0].shape[:2]
     lengths = [memory.shape[1], *(x.shape[2] for x in sources), p.read_tokens]
     read_table, write_table = (p.positions.read, p.positions.write) if p.positions else (None, None)
@@ -65,6 +71,11 @@ def token_turing_recurrence(
         of_step = pooled(write, (memory, output), (write_tables[0], write_tables[-1]), None, backend)
         return finished(write, of_step.merge(for_write), memory.dtype), output
 
+    if steps is not None:
+        for_read = at_once(_without_bias_gradient(cast(LearnedMlp, p.read)), read_tables[1:])
+        for_write = at_once(_without_bias_gradient(cast(LearnedMlp, p.write)), write_tables[1:-1])
+        tables = read_tables[0], write_tables[0], write_tables[-1], p.process.positions
+        return fused(steps, memory, for_read, for_write, p, tables)
     for_read = at_once(p.read, read_tables[1:])
     if p.write is None:
         return scan(step_simple, memory, finished(p.read, for_read, memory.dtype))
@@ -86,6 +97,12 @@ def pooled(
         count = None if valid is None else valid[:, i]
         states.append(_attended(pool, source if table is None else source + table, count, backend))
     return functools.reduce(TokenLearnerState.merge, states)
+
+
+def _without_bias_gradient(p: LearnedMlp) -> LearnedMlp:
+    """The last bias moves all logits of a token alike, so its gradient is 0; see `op.Steps.backward`."""
+    out = p.mlp.out
+    return LearnedMlp(p.norm, Mlp(p.mlp.hidden, Linear(out.weight, out.bias.detach())))
 
 
 def finished(pool: Pool, state: TokenLearnerState, dtype: torch.dtype) -> Tensor:

@@ -1,5 +1,125 @@
-"""The op and its backends: so far PyTorch alone.  A fused step of the Token Turing Machine will be registered here."""
+"""Schema, fake, autograd and backends of the sequential part of a Token Turing Machine: all T steps in one call."""
 
-from mirasol_kernels._dispatch import Op
+from __future__ import annotations
 
-OP = Op("latent_recurrence", cases=f"{__package__}.cases")
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mirasol_kernels._dispatch import Backend, Op
+from mirasol_kernels.latent_recurrence.modules import LearnedMlp, TransformerBlock, tensors_in
+from mirasol_kernels.latent_recurrence.parameters import TokenTuringParameters
+
+# memory (B, mem, c).  for_read and for_write: the states of the inputs of all steps, max (B, T, k), sum (B, T, k) and
+# weighted sum (B, T, k, c), k = r and k = mem.  weights: of `weights_of`.  tables: what is added to memory for read, to
+# memory and to the output for write, and to the tokens before the blocks: (mem, c), (mem, c), (r, c), (r, c).
+CALL = "Tensor memory, Tensor[] for_read, Tensor[] for_write, Tensor[] weights, Tensor?[] tables, int heads"
+# The last memory, outputs (B, T, r, c), and the memory before each step (B, T, mem, c): with `keep`, else (B, 0, ...).
+FWD = f"({CALL}, bool keep) -> (Tensor, Tensor, Tensor)"
+# Gradients of memory, of sum and weighted sum for read, of those for write, of the weights, of the tables that are.
+BWD = f"(Tensor dmemory, Tensor doutputs, Tensor kept, {CALL}) -> Tensor[]"
+TABLES = 4
+
+
+def _fake_fwd(memory: Tensor, for_read: list[Tensor], *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    batch, steps, read, c = for_read[2].shape
+    kept = memory.new_empty(batch, steps if rest[-1] else 0, *memory.shape[1:])
+    return memory.new_empty(memory.shape), memory.new_empty(batch, steps, read, c), kept
+
+
+def _fake_bwd(dmemory: Tensor, doutputs: Tensor, kept: Tensor, memory: Tensor, *rest: Any) -> list[Tensor]:
+    for_read, for_write, weights, tables, _ = rest
+    given = (memory, *for_read[1:], *for_write[1:], *weights, *(table for table in tables if table is not None))
+    return [x.new_empty(x.shape) for x in given]
+
+
+OP = Op("latent_recurrence", cases=f"{__package__}.cases", fwd=(FWD, _fake_fwd), bwd=(BWD, _fake_bwd))
+
+
+def weights_of(p: TokenTuringParameters) -> list[Tensor]:
+    """Of read (6), of write (6), of each block (16) and of the last norm (2), in the order of `named_tensors`."""
+    return [x for part in (p.read, p.write, *p.process.blocks, p.process.norm) for _, x in tensors_in(part)]
+
+
+def _not_fused(memory: Tensor, sources: tuple[Tensor, ...], p: TokenTuringParameters, *_: Any) -> str | None:
+    """What no fused backend takes; such machines run step by step, on the kernels of token_learner and attention."""
+    if not isinstance(p.read, LearnedMlp) or not isinstance(p.write, LearnedMlp):
+        return "memory mode TL of the standard unit only"
+    if not all(isinstance(block, TransformerBlock) for block in p.process.blocks):
+        return "transformer as the processor only"
+    if memory.dtype != torch.float32 or torch.is_autocast_enabled(memory.device.type):
+        return "float32 only"
+    if torch._C._are_functorch_transforms_active():
+        return "no torch.func"
+    if not memory.numel() or not sources[0].shape[1]:
+        return "at least one step, one video and one slot of memory"
+    heads = {block.attention.heads for block in p.process.blocks}
+    hidden = {pool.mlp.hidden.weight.shape[0] for pool in (p.read, p.write)}
+    mlp = {block.mlp.hidden.weight.shape[0] for block in p.process.blocks}
+    if len(heads) > 1 or len(hidden) > 1 or len(mlp) > 1:
+        return "one number of heads and one width of hidden layers only"
+    return None
+
+
+def _native(memory: Tensor, sources: tuple[Tensor, ...], p: TokenTuringParameters, *rest: Any) -> str | None:
+    reason = _not_fused(memory, sources, p, *rest)
+    if reason is not None:
+        return reason
+    widths = p.width, p.read.mlp.hidden.weight.shape[0], *(b.mlp.hidden.weight.shape[0] for b in p.process.blocks)
+    return None if all(width % 16 == 0 for width in widths) else "widths that are multiples of 16 only"
+
+
+OP.backend("native", "cpu", _native)
+
+
+def fused(
+    backend: Backend, memory: Tensor, for_read: Any, for_write: Any, p: TokenTuringParameters, tables: Any
+) -> tuple[Tensor, Tensor]:
+    """The last memory and the outputs; tables as in CALL."""
+    weights, heads = weights_of(p), p.process.blocks[0].attention.heads
+    tensors = (memory, *for_read, *for_write, *weights, *tables)
+    tensors = tuple(None if x is None else x.contiguous() for x in tensors)
+    if not torch.is_grad_enabled() or not any(x is not None and x.requires_grad for x in tensors):
+        return backend.calls["fwd"](*_unflatten(tensors), heads, False)[:2]
+    return Steps.apply(*tensors, heads, backend.name)[:2]
+
+
+def _unflatten(tensors: tuple) -> tuple:
+    """(memory, three, three, weights, tables) as the schema has them."""
+    return tensors[0], list(tensors[1:4]), list(tensors[4:7]), list(tensors[7:-TABLES]), list(tensors[-TABLES:])
+
+
+def _calls(backend: str) -> dict[str, Any]:
+    return next(b.calls for b in OP.backends if b.name == backend)
+
+
+class Steps(torch.autograd.Function):
+    """Of `_unflatten`'s tensors, heads and a backend's name.  The maxima are reference points: no gradient."""
+
+    @staticmethod
+    def forward(*inputs):
+        *tensors, heads, backend = inputs
+        return _calls(backend)["fwd"](*_unflatten(tuple(tensors)), heads, True)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, ctx.heads, ctx.backend = inputs
+        ctx.mark_non_differentiable(output[2])
+        ctx.save_for_backward(output[2], *tensors)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dmemory, doutputs, _):
+        kept, *tensors = ctx.saved_tensors
+        args = _unflatten(tuple(tensors))
+        bwd = _calls(ctx.backend)["bwd"]
+        dmemory, *grads = bwd(dmemory.contiguous(), doutputs.contiguous(), kept, *args, ctx.heads)
+        four, rest = grads[:4], iter(grads[4:])
+        rest = [None if x is None else next(rest) for x in tensors[7:]]
+        # The last bias of read and write moves the logits of memory, input and output alike: its gradient is 0.  The
+        # share of the steps and that of the input (which hoisted.py leaves out) would only be so to rounding.
+        for bias in (5, 11):
+            rest[bias] = torch.zeros_like(rest[bias])
+        return dmemory, None, *four[:2], None, *four[2:], *rest, None, None
