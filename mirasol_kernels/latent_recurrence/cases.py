@@ -50,6 +50,9 @@ PROBLEMS: dict[str, Problem] = {
     "no_steps": Problem(steps=0),
     "odd_steps": Problem((5, 0), steps=7),
     "memory_smaller_than_read": Problem(memory=2, read=5),
+    "wide": Problem(c=32),
+    "wide_layers": Problem((7, 3), c=48, layers=2, placed=True, counted=True),
+    "wide_read": Problem((5, 0), c=32, memory=3, read=17, steps=5),
     "medium": Problem((98,), c=96, memory=96, read=16, placed=True, steps=2, batch=1),
 }
 
