@@ -1,0 +1,200 @@
+"""Linear layers of a few rows on GPU: LayerNorm in front, GELU or a residual behind, attention instead of an input."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mirasol_kernels._triton import (
+    LOG2E,
+    Launch,
+    Machine,
+    add_product,
+    load_matrix,
+    load_vector,
+    power_of_two,
+    share_of,
+)
+from mirasol_kernels.latent_recurrence.triton_config import attend_tile, linear_tile, wide_of
+
+EPS = tl.constexpr(1e-6)  # of every LayerNorm
+
+# Numbers that follow the lengths must not compile a kernel of their own.
+LENGTHS = ["rows", "batch", "steps", "t", "from_steps", "from_t", "to_steps", "to_t"]
+
+
+def linear_launch(
+    x: Tensor,
+    norm: tuple[Tensor, Tensor] | None,
+    weight: Tensor,
+    bias: Tensor,
+    out: Tensor,
+    machine: Machine,
+    *,
+    gelu: bool = False,
+    add: bool = False,
+) -> Launch:
+    """out (rows, n) = x (rows, c), normed first, times weight (n, c) plus bias, with GELU; or `add` to what is there."""
+    (rows, c), n = x.shape, weight.shape[0]
+    tile = linear_tile(rows, n, machine.processors)
+    arguments = {
+        **{"x": x, "norm": norm, "weight": weight, "bias": bias, "out": out, "rows": rows},
+        **{"C": c, "N": n, "GELU": gelu, "ADD": add},
+        **{"ROWS": tile.rows, "COLUMNS": tile.columns, "BLOCK_C": tile.channels, "WIDE": wide_of(tile.rows, c)},
+    }
+    return Launch(linear, (triton.cdiv(rows, tile.rows), triton.cdiv(n, tile.columns)), arguments, tile.options())
+
+
+def attend_launch(qkv: Tensor, weight: Tensor, bias: Tensor, x: Tensor, read: int, heads: int) -> Launch:
+    """x (B r, c) += weight (c, c) times what the r tokens of a video see of each other, plus bias; qkv (B r, 3 c)."""
+    rows, c = x.shape
+    tile = attend_tile(read)
+    owned = tile.rows // read * read  # rows of whole videos
+    arguments = {
+        **{"qkv": qkv, "weight": weight, "bias": bias, "x": x, "rows": rows},
+        **{"C": c, "HEAD": c // heads, "READ": read, "OWNED": owned},
+        **{"ROWS": tile.rows, "COLUMNS": tile.columns, "BLOCK_D": power_of_two(c // heads)},
+    }
+    return Launch(attend, (triton.cdiv(rows, owned), triton.cdiv(c, tile.columns)), arguments, tile.options())
+
+
+@triton.jit
+def tile_at(x, at, inside, channel, C: tl.constexpr, BLOCK_C: tl.constexpr):  # -> (len(at), BLOCK_C)
+    """Rows `at` of x (., C), where they are inside; zeros elsewhere and from channel C on, which are not read."""
+    mask = inside[:, None]
+    if C % BLOCK_C:
+        mask = mask & (channel < C)[None, :]
+    return tl.load(x + at.to(tl.int64)[:, None] * C + channel[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def normed(tile, mean, rstd, norm, channel, C: tl.constexpr, BLOCK_C: tl.constexpr):
+    """LayerNorm of a tile with the moments of its rows; 0 from channel C on."""
+    weight, bias = load_vector(norm[0], channel, C, BLOCK_C), load_vector(norm[1], channel, C, BLOCK_C)
+    return (tile - mean[:, None]) * rstd[:, None] * weight[None, :] + bias[None, :]
+
+
+@triton.jit
+def tokens_at(source, place, table, channel, C: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Rows of a source, which is (x, at, inside, mean, rstd, norm), through its norm if it has one, and those of the
+    table at `place` added if there is one."""
+    x, at, inside, mean, rstd, norm = source
+    tile = tile_at(x, at, inside, channel, C, BLOCK_C)
+    if norm is not None:
+        tile = normed(tile, mean, rstd, norm, channel, C, BLOCK_C)
+    if table is not None:
+        tile += tile_at(table, place, inside, channel, C, BLOCK_C)
+    return tile
+
+
+@triton.jit
+def moments(source, place, table, C: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr):
+    """mean and 1 / sqrt(variance + eps) of the rows of `tokens_at`.
+
+    Of what is left of a row after the mean of its first WIDE channels: a large mean would cancel in the variance."""
+    total = tl.zeros([ROWS], tl.float32)
+    square = tl.zeros([ROWS], tl.float32)
+    shift = tl.zeros([ROWS], tl.float32)
+    for first in tl.static_range(0, C, WIDE):
+        channel = first + tl.arange(0, WIDE)
+        tile = tokens_at(source, place, table, channel, C, WIDE)
+        if first == 0:
+            shift = tl.sum(tile, 1) / min(C, WIDE)
+        left = tile - shift[:, None]
+        if C % WIDE:
+            left = tl.where((channel < C)[None, :], left, 0.0)
+        total += tl.sum(left, 1)
+        square += tl.sum(left * left, 1)
+    drift = total / C
+    return shift + drift, tl.rsqrt(tl.maximum(square / C - drift * drift, 0.0) + EPS)
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def linear(
+    x,
+    norm,
+    weight,
+    bias,
+    out,
+    rows,
+    C: tl.constexpr,
+    N: tl.constexpr,
+    GELU: tl.constexpr,
+    ADD: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """A tile of out (rows, N) = [out +] [gelu](norm(x (rows, C)) weight^T + bias)."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = row < rows
+    mean, rstd = None, None
+    if norm is not None:
+        mean, rstd = moments((x, row, inside, None, None, None), None, None, C, ROWS, WIDE)
+    source = x, row, inside, mean, rstd, norm
+    acc = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for first in range(0, C, BLOCK_C):
+        channel = first + tl.arange(0, BLOCK_C)
+        tile = tokens_at(source, None, None, channel, C, BLOCK_C)
+        factor = load_matrix(weight, column, channel, N, C, COLUMNS, BLOCK_C)  # (COLUMNS, BLOCK_C)
+        acc = add_product(acc, tile, tl.trans(factor))
+    acc += load_vector(bias, column, N, COLUMNS)[None, :]
+    if GELU:
+        acc = acc * share_of(acc)
+    store_rows(out, row, inside, column, acc, N, COLUMNS, ADD)
+
+
+@triton.jit
+def store_rows(out, at, inside, column, tile, N: tl.constexpr, COLUMNS: tl.constexpr, ADD: tl.constexpr):
+    """Into rows `at` of out (., N), or added to them."""
+    if ADD:
+        tile += tile_at(out, at, inside, column, N, COLUMNS)
+    mask = inside[:, None] & (column < N)[None, :]
+    tl.store(out + at.to(tl.int64)[:, None] * N + column[None, :], tile, mask=mask)
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def attend(
+    qkv,
+    weight,
+    bias,
+    x,
+    rows,
+    C: tl.constexpr,
+    HEAD: tl.constexpr,
+    READ: tl.constexpr,
+    OWNED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """COLUMNS channels of x, for whole videos: OWNED rows, which see those of their own video.
+
+    Every block of channels attends again, head by head: as much as its part of the projection, and one launch less.
+    """
+    index, column, d = tl.arange(0, ROWS), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, BLOCK_D)
+    row = tl.program_id(0) * OWNED + index
+    inside = (index < OWNED) & (row < rows)
+    mask = inside[:, None]
+    mask_w = (column < C)[:, None]
+    if HEAD != BLOCK_D:
+        mask = mask & (d < HEAD)[None, :]
+        mask_w = mask_w & (d < HEAD)[None, :]
+    same = (index // READ)[:, None] == (index // READ)[None, :]  # a row outside sees itself: no NaN arises
+    at = qkv + row.to(tl.int64)[:, None] * (3 * C) + d[None, :]
+    acc = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for first in range(0, C, HEAD):
+        q = tl.load(at + first, mask=mask, other=0.0)  # (ROWS, BLOCK_D)
+        k = tl.load(at + first + C, mask=mask, other=0.0)
+        v = tl.load(at + first + 2 * C, mask=mask, other=0.0)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee") * (HEAD**-0.5)  # (ROWS, ROWS)
+        s = tl.where(same, s, float("-inf"))
+        p = tl.exp2((s - tl.max(s, 1)[:, None]) * LOG2E)
+        seen = tl.dot(p, v, input_precision="ieee") / tl.sum(p, 1)[:, None]
+        factor = tl.load(weight + column[:, None] * C + first + d[None, :], mask=mask_w, other=0.0)
+        acc = add_product(acc, seen, tl.trans(factor))  # (COLUMNS, BLOCK_D)
+    acc += load_vector(bias, column, C, COLUMNS)[None, :]
+    store_rows(x, row, inside, column, acc, C, COLUMNS, True)
