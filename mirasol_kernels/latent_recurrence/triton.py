@@ -308,8 +308,8 @@ def pool(
     BLOCK_C: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    """SLOTS learned tokens by BLOCK_C channels of one video, out of (B, K, C): means over memory, output and input, plus
-    the table.  Softmax is online over tiles of tokens and begins with the state of the input."""
+    """SLOTS learned tokens by BLOCK_C channels of one video, out of (B, K, C): means over memory, output and input; and
+    the table added.  Softmax is online over tiles of tokens and begins with the state of the input."""
     b = tl.program_id(0)
     slot = tl.program_id(1) * SLOTS + tl.arange(0, SLOTS)
     channel = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -324,11 +324,12 @@ def pool(
         s = logits_at(memory_logits, b, token, slot, MEM, K)
         source = memory, video * MEM + token, token < MEM, None, None, None
         m, weight, acc = add_tokens(m, weight, acc, s, tokens_at(source, token, memory_table, channel, C, BLOCK_C))
-    for first in range(0, READ, TOKENS):
-        token = first + tl.arange(0, TOKENS)
-        s = logits_at(output_logits, b, token, slot, READ, K)
-        source = outputs, now * READ + token, token < READ, None, None, None
-        m, weight, acc = add_tokens(m, weight, acc, s, tokens_at(source, token, output_table, channel, C, BLOCK_C))
+    if outputs is not None:
+        for first in range(0, READ, TOKENS):
+            token = first + tl.arange(0, TOKENS)
+            s = logits_at(output_logits, b, token, slot, READ, K)
+            source = outputs, now * READ + token, token < READ, None, None, None
+            m, weight, acc = add_tokens(m, weight, acc, s, tokens_at(source, token, output_table, channel, C, BLOCK_C))
     acc = acc / weight[:, None]  # at least 1: memory has a slot
     if table is not None:
         acc += tile_at(table, slot, inside, channel, C, BLOCK_C)

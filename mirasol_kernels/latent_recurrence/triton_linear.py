@@ -35,7 +35,7 @@ def linear_launch(
     gelu: bool = False,
     add: bool = False,
 ) -> Launch:
-    """out (rows, n) = x (rows, c), normed first, times weight (n, c) plus bias, with GELU; or `add` to what is there."""
+    """out (rows, n) = x (rows, c), normed first, by weight (n, c), plus bias, with GELU; or `add` to what is there."""
     (rows, c), n = x.shape, weight.shape[0]
     tile = linear_tile(rows, n, machine.processors)
     arguments = {
