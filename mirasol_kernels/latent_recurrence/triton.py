@@ -34,9 +34,9 @@ from mirasol_kernels.latent_recurrence.triton_config import POOL, SCORE, wide_of
 from mirasol_kernels.latent_recurrence.triton_linear import (
     LENGTHS,
     attend_launch,
+    centred_at,
     linear_launch,
     moments,
-    normed,
     store_rows,
     tile_at,
     tokens_at,
@@ -73,9 +73,12 @@ def forward_launches(
 ) -> list[Launch]:
     """The kernels of all steps, in order."""
     (batch, steps, read, c), slots = outputs.shape, memory.shape[1]
-    reader, writer, norm = tuple(weights[:6]), tuple(weights[6:12]), tuple(weights[-2:])
+    reader, writer = ((*_folded(*w[:4]), *w[4:]) for w in (weights[:6], weights[6:12]))
     blocks = [weights[first : first + 16] for first in range(12, len(weights) - 2, 16)]
-    joined = [(torch.cat(block[2:8:2]), torch.cat(block[3:8:2])) for block in blocks]  # q, k, v: (3 c, c) and (3 c)
+    folded = [  # of q, k, v together (3 c, c) and (3 c), and of the hidden layer
+        (*_folded(*block[:2], torch.cat(block[2:8:2]), torch.cat(block[3:8:2])), *_folded(*block[10:14]))
+        for block in blocks
+    ]
     read_table, write_table, output_table, process_table = tables
     width = max((block[12].shape[0] for block in blocks), default=0)  # one for all
 
@@ -93,19 +96,24 @@ def forward_launches(
             _score_memory(before, reader, read_table, read_logits, writer, write_table, write_logits),
             _pool([(before, read_table, read_logits)], for_read, steps, t, process_table, (x, 1, 0)),
         ]
-        for block, (weight, bias) in zip(blocks, joined, strict=True):
+        for block, first in zip(blocks, folded, strict=True):
             done += [
-                linear_launch(x, tuple(block[:2]), weight, bias, qkv, machine),
+                linear_launch(x, *first[:2], qkv, machine, norm=True),
                 attend_launch(qkv, *block[8:10], x, read, heads),
-                linear_launch(x, tuple(block[10:12]), *block[12:14], hidden, machine, gelu=True),
-                linear_launch(hidden, None, *block[14:16], x, machine, add=True),
+                linear_launch(x, *first[2:], hidden, machine, norm=True, gelu=True),
+                linear_launch(hidden, *block[14:16], x, machine, add=True),
             ]
         seen = [(before, write_table, write_logits), (now, output_table, output_logits)]
         done += [
-            _score_output(x, norm, now, writer, output_table, output_logits),
+            _score_output(x, tuple(weights[-2:]), now, writer, output_table, output_logits),
             _pool(seen, for_write, steps, t, None, after),
         ]
     return done
+
+
+def _folded(norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """The layer after a norm with the norm's own weight and bias in it: once a call, instead of in every tile."""
+    return weight * norm_weight, torch.addmv(bias, weight, norm_bias)
 
 
 def _memories(memory: Tensor, last: Tensor, kept: Tensor | None, steps: int) -> list[Place]:
@@ -148,7 +156,7 @@ def _score_output(
 
 
 def _score_constants(pool_weights: tuple[Tensor, ...]) -> dict[str, int]:
-    h, c = pool_weights[2].shape
+    h, c = pool_weights[0].shape
     return {
         **{"C": c, "H": h, "ROWS": SCORE.rows, "WIDE": wide_of(SCORE.rows, c)},
         **{"BLOCK_C": SCORE.channels, "BLOCK_H": power_of_two(h), "BLOCK_K": SCORE.columns},
@@ -237,10 +245,10 @@ def score_output(
     """The outputs of a tile of the tokens x (B READ, C) of all videos, and their logits (B, READ, MEM)."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token, inside = row % READ, row < rows
-    mean, rstd = moments((x, row, inside, None, None, None), token, None, C, ROWS, WIDE)
+    mean, rstd = moments((x, row, inside, None, None, None), token, None, C, ROWS, WIDE, BLOCK_C)
     source = x, row, inside, mean, rstd, norm
     at = (row // READ * to_steps + to_t) * READ + token
-    for first in tl.static_range(0, C, WIDE):
+    for first in range(0, C, WIDE):
         channel = first + tl.arange(0, WIDE)
         store_rows(outputs, at, inside, channel, tokens_at(source, token, None, channel, C, WIDE), C, WIDE, False)
     score(source, token, table, writer, logits, row, MEM, C, H, ROWS, WIDE, BLOCK_C, BLOCK_H, BLOCK_K)
@@ -264,17 +272,16 @@ def score(
     BLOCK_K: tl.constexpr,
 ):
     """Rows `row` of logits (., K): those of the tokens of `tokens_at` by a token learner of these weights."""
-    norm_weight, norm_bias, hidden_weight, hidden_bias, out_weight, out_bias = weights
-    mean, rstd = moments(source, place, table, C, ROWS, WIDE)
+    hidden_weight, hidden_bias, out_weight, out_bias = weights
+    mean, rstd = moments(source, place, table, C, ROWS, WIDE, BLOCK_C)
     unit = tl.arange(0, BLOCK_H)
     acc = tl.zeros([ROWS, BLOCK_H], tl.float32)
     for first in range(0, C, BLOCK_C):
         channel = first + tl.arange(0, BLOCK_C)
-        tile = tokens_at(source, place, table, channel, C, BLOCK_C)
-        tile = normed(tile, mean, rstd, (norm_weight, norm_bias), channel, C, BLOCK_C)
+        tile = centred_at(source, place, table, mean, channel, C, BLOCK_C)
         factor = load_matrix(hidden_weight, unit, channel, H, C, BLOCK_H, BLOCK_C)  # (BLOCK_H, BLOCK_C)
         acc = add_product(acc, tile, tl.trans(factor))
-    acc += load_vector(hidden_bias, unit, H, BLOCK_H)[None, :]
+    acc = acc * rstd[:, None] + load_vector(hidden_bias, unit, H, BLOCK_H)[None, :]
     acc = acc * share_of(acc)
     for first in range(0, K, BLOCK_K):
         slot = first + tl.arange(0, BLOCK_K)

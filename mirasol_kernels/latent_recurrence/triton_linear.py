@@ -26,12 +26,12 @@ LENGTHS = ["rows", "batch", "steps", "t", "from_steps", "from_t", "to_steps", "t
 
 def linear_launch(
     x: Tensor,
-    norm: tuple[Tensor, Tensor] | None,
     weight: Tensor,
     bias: Tensor,
     out: Tensor,
     machine: Machine,
     *,
+    norm: bool = False,
     gelu: bool = False,
     add: bool = False,
 ) -> Launch:
@@ -39,8 +39,8 @@ def linear_launch(
     (rows, c), n = x.shape, weight.shape[0]
     tile = linear_tile(rows, n, machine.processors)
     arguments = {
-        **{"x": x, "norm": norm, "weight": weight, "bias": bias, "out": out, "rows": rows},
-        **{"C": c, "N": n, "GELU": gelu, "ADD": add},
+        **{"x": x, "weight": weight, "bias": bias, "out": out, "rows": rows},
+        **{"C": c, "N": n, "NORM": norm, "GELU": gelu, "ADD": add},
         **{"ROWS": tile.rows, "COLUMNS": tile.columns, "BLOCK_C": tile.channels, "WIDE": wide_of(tile.rows, c)},
     }
     return Launch(linear, (triton.cdiv(rows, tile.rows), triton.cdiv(n, tile.columns)), arguments, tile.options())
@@ -89,19 +89,19 @@ def tokens_at(source, place, table, channel, C: tl.constexpr, BLOCK_C: tl.conste
 
 
 @triton.jit
-def moments(source, place, table, C: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr):
+def moments(
+    source, place, table, C: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr, BLOCK_C: tl.constexpr
+):  # -> two of (ROWS)
     """mean and 1 / sqrt(variance + eps) of the rows of `tokens_at`.
 
-    Of what is left of a row after the mean of its first WIDE channels: a large mean would cancel in the variance."""
+    Of what is left of a row without the mean of its first BLOCK_C channels: a large mean would cancel in the variance.
+    """
+    shift = tl.sum(tokens_at(source, place, table, tl.arange(0, BLOCK_C), C, BLOCK_C), 1) / min(C, BLOCK_C)
     total = tl.zeros([ROWS], tl.float32)
     square = tl.zeros([ROWS], tl.float32)
-    shift = tl.zeros([ROWS], tl.float32)
-    for first in tl.static_range(0, C, WIDE):
+    for first in range(0, C, WIDE):
         channel = first + tl.arange(0, WIDE)
-        tile = tokens_at(source, place, table, channel, C, WIDE)
-        if first == 0:
-            shift = tl.sum(tile, 1) / min(C, WIDE)
-        left = tile - shift[:, None]
+        left = tokens_at(source, place, table, channel, C, WIDE) - shift[:, None]
         if C % WIDE:
             left = tl.where((channel < C)[None, :], left, 0.0)
         total += tl.sum(left, 1)
@@ -110,16 +110,25 @@ def moments(source, place, table, C: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.
     return shift + drift, tl.rsqrt(tl.maximum(square / C - drift * drift, 0.0) + EPS)
 
 
+@triton.jit
+def centred_at(source, place, table, mean, channel, C: tl.constexpr, BLOCK_C: tl.constexpr):
+    """`tokens_at` without their means; 0 from channel C on."""
+    tile = tokens_at(source, place, table, channel, C, BLOCK_C) - mean[:, None]
+    if C % BLOCK_C:
+        tile = tl.where((channel < C)[None, :], tile, 0.0)
+    return tile
+
+
 @triton.jit(do_not_specialize=LENGTHS)
 def linear(
     x,
-    norm,
     weight,
     bias,
     out,
     rows,
     C: tl.constexpr,
     N: tl.constexpr,
+    NORM: tl.constexpr,
     GELU: tl.constexpr,
     ADD: tl.constexpr,
     ROWS: tl.constexpr,
@@ -127,20 +136,24 @@ def linear(
     BLOCK_C: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """A tile of out (rows, N) = [out +] [gelu](norm(x (rows, C)) weight^T + bias)."""
+    """A tile of out (rows, N) = [out +] [gelu]([norm] x (rows, C) weight^T + bias), with `_folded` weights after a norm."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = row < rows
-    mean, rstd = None, None
-    if norm is not None:
-        mean, rstd = moments((x, row, inside, None, None, None), None, None, C, ROWS, WIDE)
-    source = x, row, inside, mean, rstd, norm
+    source = x, row, inside, None, None, None
+    if NORM:
+        mean, rstd = moments(source, None, None, C, ROWS, WIDE, BLOCK_C)
     acc = tl.zeros([ROWS, COLUMNS], tl.float32)
     for first in range(0, C, BLOCK_C):
         channel = first + tl.arange(0, BLOCK_C)
-        tile = tokens_at(source, None, None, channel, C, BLOCK_C)
+        if NORM:
+            tile = centred_at(source, None, None, mean, channel, C, BLOCK_C)
+        else:
+            tile = tokens_at(source, None, None, channel, C, BLOCK_C)
         factor = load_matrix(weight, column, channel, N, C, COLUMNS, BLOCK_C)  # (COLUMNS, BLOCK_C)
         acc = add_product(acc, tile, tl.trans(factor))
+    if NORM:
+        acc *= rstd[:, None]
     acc += load_vector(bias, column, N, COLUMNS)[None, :]
     if GELU:
         acc = acc * share_of(acc)
