@@ -30,7 +30,7 @@ from mirasol_kernels._triton import (
     power_of_two,
     share_of,
 )
-from mirasol_kernels.latent_recurrence.triton_config import POOL, SCORE, wide_of
+from mirasol_kernels.latent_recurrence.triton_config import POOL, score_tile
 from mirasol_kernels.latent_recurrence.triton_linear import (
     LENGTHS,
     attend_launch,
@@ -133,33 +133,34 @@ def _score_memory(
     write_table: Tensor | None,
     write_logits: Tensor,
 ) -> Launch:
-    batch, slots, read = read_logits.shape
+    (batch, slots, read), tile = read_logits.shape, score_tile(len(reader[0]))
     arguments = {
         **_named("from", before, "memory"),
         **{"reader": reader, "read_table": read_table, "read_logits": read_logits},
         **{"writer": writer, "write_table": write_table, "write_logits": write_logits},
         **{"rows": batch * slots, "MEM": slots, "READ": read, **_score_constants(reader)},
     }
-    return Launch(score_memory, (triton.cdiv(batch * slots, SCORE.rows), 2), arguments, SCORE.options())
+    return Launch(score_memory, (triton.cdiv(batch * slots, tile.rows), 2), arguments, tile.options())
 
 
 def _score_output(
     x: Tensor, norm: tuple[Tensor, ...], now: Place, writer: tuple[Tensor, ...], table: Tensor | None, logits: Tensor
 ) -> Launch:
-    _, read, slots = logits.shape
+    (_, read, slots), tile = logits.shape, score_tile(len(writer[0]))
     arguments = {
         **{"x": x, "norm": norm, **_named("to", now, "outputs"), "rows": len(x)},
         **{"writer": writer, "table": table, "logits": logits},
         **{"MEM": slots, "READ": read, **_score_constants(writer)},
     }
-    return Launch(score_output, (triton.cdiv(len(x), SCORE.rows),), arguments, SCORE.options())
+    return Launch(score_output, (triton.cdiv(len(x), tile.rows),), arguments, tile.options())
 
 
 def _score_constants(pool_weights: tuple[Tensor, ...]) -> dict[str, int]:
     h, c = pool_weights[0].shape
+    tile = score_tile(h)
     return {
-        **{"C": c, "H": h, "ROWS": SCORE.rows, "WIDE": wide_of(SCORE.rows, c)},
-        **{"BLOCK_C": SCORE.channels, "BLOCK_H": power_of_two(h), "BLOCK_K": SCORE.columns},
+        **{"C": c, "H": h, "ROWS": tile.rows, "BLOCK_C": tile.channels},
+        **{"BLOCK_H": power_of_two(h), "BLOCK_K": tile.columns},
     }
 
 
@@ -206,7 +207,6 @@ def score_memory(
     C: tl.constexpr,
     H: tl.constexpr,
     ROWS: tl.constexpr,
-    WIDE: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -216,9 +216,9 @@ def score_memory(
     slot, inside = row % MEM, row < rows
     source = memory, (row // MEM * from_steps + from_t) * MEM + slot, inside, None, None, None
     if tl.program_id(1) == 0:
-        score(source, slot, read_table, reader, read_logits, row, READ, C, H, ROWS, WIDE, BLOCK_C, BLOCK_H, BLOCK_K)
+        score(source, slot, read_table, reader, read_logits, row, READ, C, H, ROWS, BLOCK_C, BLOCK_H, BLOCK_K)
     else:
-        score(source, slot, write_table, writer, write_logits, row, MEM, C, H, ROWS, WIDE, BLOCK_C, BLOCK_H, BLOCK_K)
+        score(source, slot, write_table, writer, write_logits, row, MEM, C, H, ROWS, BLOCK_C, BLOCK_H, BLOCK_K)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -237,7 +237,6 @@ def score_output(
     C: tl.constexpr,
     H: tl.constexpr,
     ROWS: tl.constexpr,
-    WIDE: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -245,13 +244,14 @@ def score_output(
     """The outputs of a tile of the tokens x (B READ, C) of all videos, and their logits (B, READ, MEM)."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token, inside = row % READ, row < rows
-    mean, rstd = moments((x, row, inside, None, None, None), token, None, C, ROWS, WIDE, BLOCK_C)
+    mean, rstd = moments((x, row, inside, None, None, None), token, None, C, ROWS, BLOCK_C)
     source = x, row, inside, mean, rstd, norm
     at = (row // READ * to_steps + to_t) * READ + token
-    for first in range(0, C, WIDE):
-        channel = first + tl.arange(0, WIDE)
-        store_rows(outputs, at, inside, channel, tokens_at(source, token, None, channel, C, WIDE), C, WIDE, False)
-    score(source, token, table, writer, logits, row, MEM, C, H, ROWS, WIDE, BLOCK_C, BLOCK_H, BLOCK_K)
+    for first in tl.static_range(0, C, BLOCK_C):
+        channel = first + tl.arange(0, BLOCK_C)
+        tile = tokens_at(source, token, None, channel, C, BLOCK_C)
+        store_rows(outputs, at, inside, channel, tile, C, BLOCK_C, False)
+    score(source, token, table, writer, logits, row, MEM, C, H, ROWS, BLOCK_C, BLOCK_H, BLOCK_K)
 
 
 @triton.jit
@@ -266,14 +266,13 @@ def score(
     C: tl.constexpr,
     H: tl.constexpr,
     ROWS: tl.constexpr,
-    WIDE: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """Rows `row` of logits (., K): those of the tokens of `tokens_at` by a token learner of these weights."""
     hidden_weight, hidden_bias, out_weight, out_bias = weights
-    mean, rstd = moments(source, place, table, C, ROWS, WIDE, BLOCK_C)
+    mean, rstd = moments(source, place, table, C, ROWS, BLOCK_C)
     unit = tl.arange(0, BLOCK_H)
     acc = tl.zeros([ROWS, BLOCK_H], tl.float32)
     for first in range(0, C, BLOCK_C):

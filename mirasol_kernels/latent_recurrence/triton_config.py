@@ -28,15 +28,10 @@ class Tile(NamedTuple):
 # Few rows: small tiles, so that a step of a few videos fills the chip.  Many: four times the products per byte.
 FEW, MANY = Tile(16, 32, 64, 4, 3), Tile(64, 64, 32, 8, 2)
 
-# The logits of 16 tokens: their `columns` learned tokens, after their hidden units, in steps of `channels`.
-SCORE = Tile(16, 64, 32, 8, 3)
-
 # Learned tokens by channels; `channels` are the tokens of a step here.
 POOL = Tile(16, 32, 16, 4, 2)
 
 HIDDEN, READ, HEAD = 256, 64, 128  # the most hidden units, tokens read and channels of a head: a tile holds all of them
-
-WIDE = 8192  # numbers of a tile whose moments are taken: at most 64 registers of a thread
 
 
 def linear_tile(rows: int, columns: int, processors: int) -> Tile:
@@ -50,6 +45,6 @@ def attend_tile(read: int) -> Tile:
     return Tile(power_of_two(read), 32, 0, 4 if read <= 16 else 8, 2)
 
 
-def wide_of(rows: int, c: int) -> int:
-    """Channels at a time of `rows` rows whose moments are taken."""
-    return min(power_of_two(c), WIDE // rows)
+def score_tile(hidden: int) -> Tile:
+    """16 tokens by all hidden units, whose weights take 16 KB a step; then `columns` learned tokens at a time."""
+    return Tile(16, 64, max(16, 4096 // power_of_two(hidden, 64)), 8, 2)

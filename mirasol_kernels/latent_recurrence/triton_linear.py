@@ -16,7 +16,7 @@ from mirasol_kernels._triton import (
     power_of_two,
     share_of,
 )
-from mirasol_kernels.latent_recurrence.triton_config import attend_tile, linear_tile, wide_of
+from mirasol_kernels.latent_recurrence.triton_config import attend_tile, linear_tile
 
 EPS = tl.constexpr(1e-6)  # of every LayerNorm
 
@@ -41,7 +41,7 @@ def linear_launch(
     arguments = {
         **{"x": x, "weight": weight, "bias": bias, "out": out, "rows": rows},
         **{"C": c, "N": n, "NORM": norm, "GELU": gelu, "ADD": add},
-        **{"ROWS": tile.rows, "COLUMNS": tile.columns, "BLOCK_C": tile.channels, "WIDE": wide_of(tile.rows, c)},
+        **{"ROWS": tile.rows, "COLUMNS": tile.columns, "BLOCK_C": tile.channels},
     }
     return Launch(linear, (triton.cdiv(rows, tile.rows), triton.cdiv(n, tile.columns)), arguments, tile.options())
 
@@ -89,25 +89,23 @@ def tokens_at(source, place, table, channel, C: tl.constexpr, BLOCK_C: tl.conste
 
 
 @triton.jit
-def moments(
-    source, place, table, C: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr, BLOCK_C: tl.constexpr
-):  # -> two of (ROWS)
+def moments(source, place, table, C: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr):  # -> two of (ROWS)
     """mean and 1 / sqrt(variance + eps) of the rows of `tokens_at`.
 
     Of what is left of a row without the mean of its first BLOCK_C channels: a large mean would cancel in the variance.
+    Unrolled, so that all of a row is on its way at once; in the tiles of the product that follows, since a wider one
+    would have Triton hold the product's tile once in every warp.
     """
-    shift = tl.sum(tokens_at(source, place, table, tl.arange(0, BLOCK_C), C, BLOCK_C), 1) / min(C, BLOCK_C)
-    total = tl.zeros([ROWS], tl.float32)
-    square = tl.zeros([ROWS], tl.float32)
-    for first in range(0, C, WIDE):
-        channel = first + tl.arange(0, WIDE)
-        left = tokens_at(source, place, table, channel, C, WIDE) - shift[:, None]
-        if C % WIDE:
-            left = tl.where((channel < C)[None, :], left, 0.0)
-        total += tl.sum(left, 1)
-        square += tl.sum(left * left, 1)
-    drift = total / C
-    return shift + drift, tl.rsqrt(tl.maximum(square / C - drift * drift, 0.0) + EPS)
+    head = tokens_at(source, place, table, tl.arange(0, BLOCK_C), C, BLOCK_C)
+    shift = tl.sum(head, 1) / min(C, BLOCK_C)
+    total = tl.zeros([ROWS, BLOCK_C], tl.float32)
+    square = tl.zeros([ROWS, BLOCK_C], tl.float32)
+    for first in tl.static_range(0, C, BLOCK_C):
+        left = centred_at(source, place, table, shift, first + tl.arange(0, BLOCK_C), C, BLOCK_C)
+        total += left
+        square += left * left
+    drift = tl.sum(total, 1) / C
+    return shift + drift, tl.rsqrt(tl.maximum(tl.sum(square, 1) / C - drift * drift, 0.0) + EPS)
 
 
 @triton.jit
@@ -134,7 +132,6 @@ def linear(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    WIDE: tl.constexpr,
 ):
     """A tile of out (rows, N) = [out +] [gelu]([norm] x (rows, C) weight^T + bias), with `_folded` weights after a norm."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -142,7 +139,7 @@ def linear(
     inside = row < rows
     source = x, row, inside, None, None, None
     if NORM:
-        mean, rstd = moments(source, None, None, C, ROWS, WIDE, BLOCK_C)
+        mean, rstd = moments(source, None, None, C, ROWS, BLOCK_C)
     acc = tl.zeros([ROWS, COLUMNS], tl.float32)
     for first in range(0, C, BLOCK_C):
         channel = first + tl.arange(0, BLOCK_C)
