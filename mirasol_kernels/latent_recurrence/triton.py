@@ -21,7 +21,6 @@ import triton.language as tl
 from torch import Tensor
 
 from mirasol_kernels._triton import (
-    LOG2E,
     Launch,
     Machine,
     add_product,
@@ -33,6 +32,7 @@ from mirasol_kernels._triton import (
 from mirasol_kernels.latent_recurrence.triton_config import POOL, score_tile
 from mirasol_kernels.latent_recurrence.triton_linear import (
     LENGTHS,
+    add_tokens,
     attend_launch,
     centred_at,
     linear_launch,
@@ -347,12 +347,3 @@ def logits_at(logits, b, token, slot, N: tl.constexpr, K: tl.constexpr):  # -> (
     """Of logits (B, N, K), transposed; -inf where there is no token."""
     at = logits + (b.to(tl.int64) * N + token)[None, :] * K + slot[:, None]
     return tl.load(at, mask=(token < N)[None, :] & (slot < K)[:, None], other=float("-inf"))
-
-
-@triton.jit
-def add_tokens(m, weight, acc, s, tile):
-    """The state of the tokens so far, and of those of a tile with logits s; the first of them counts: m is finite."""
-    m_new = tl.maximum(m, tl.max(s, 1))
-    p = tl.exp2((s - m_new[:, None]) * LOG2E)
-    fade = tl.exp2((m - m_new) * LOG2E)
-    return m_new, weight * fade + tl.sum(p, 1), add_product(acc * fade[:, None], p, tile)

@@ -31,7 +31,9 @@ FEW, MANY = Tile(16, 32, 64, 4, 3), Tile(64, 64, 32, 8, 2)
 # Learned tokens by channels; `channels` are the tokens of a step here.
 POOL = Tile(16, 32, 16, 4, 2)
 
-HIDDEN, READ, HEAD = 256, 64, 128  # the most hidden units, tokens read and channels of a head: a tile holds all of them
+ATTEND_ROWS = 16
+
+HIDDEN, HEAD = 256, 256  # the most hidden units of a token learner, and channels of a head, that a tile holds whole
 
 
 def linear_tile(rows: int, columns: int, processors: int) -> Tile:
@@ -40,9 +42,10 @@ def linear_tile(rows: int, columns: int, processors: int) -> Tile:
     return MANY if programs >= 2 * processors else FEW
 
 
-def attend_tile(read: int) -> Tile:
-    """All tokens of a video, or of the videos that 16 rows hold."""
-    return Tile(power_of_two(read), 32, 0, 4 if read <= 16 else 8, 2)
+def attend_tile(read: int, head: int) -> Tile:
+    """`channels` are the tokens seen at a time: with a whole head of them, 16 KB each of keys and values."""
+    seen = min(power_of_two(read), max(16, 4096 // power_of_two(head)))
+    return Tile(ATTEND_ROWS, 32, min(seen, 32), 4, 2)
 
 
 def score_tile(hidden: int) -> Tile:

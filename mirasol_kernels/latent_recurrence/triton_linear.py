@@ -16,7 +16,7 @@ from mirasol_kernels._triton import (
     power_of_two,
     share_of,
 )
-from mirasol_kernels.latent_recurrence.triton_config import attend_tile, linear_tile
+from mirasol_kernels.latent_recurrence.triton_config import ATTEND_ROWS, attend_tile, linear_tile
 
 EPS = tl.constexpr(1e-6)  # of every LayerNorm
 
@@ -49,14 +49,15 @@ def linear_launch(
 def attend_launch(qkv: Tensor, weight: Tensor, bias: Tensor, x: Tensor, read: int, heads: int) -> Launch:
     """x (B r, c) += weight (c, c) times what the r tokens of a video see of each other, plus bias; qkv (B r, 3 c)."""
     rows, c = x.shape
-    tile = attend_tile(read)
-    owned = tile.rows // read * read  # rows of whole videos
+    tile, videos = attend_tile(read, c // heads), max(1, ATTEND_ROWS // read)  # several in a tile, or one in several
+    owned = videos * read
     arguments = {
         **{"qkv": qkv, "weight": weight, "bias": bias, "x": x, "rows": rows},
-        **{"C": c, "HEAD": c // heads, "READ": read, "OWNED": owned},
-        **{"ROWS": tile.rows, "COLUMNS": tile.columns, "BLOCK_D": power_of_two(c // heads)},
+        **{"C": c, "HEAD": c // heads, "READ": read, "VIDEOS": videos, "TILES": triton.cdiv(owned, tile.rows)},
+        **{"ROWS": tile.rows, "KEYS": tile.channels, "COLUMNS": tile.columns, "BLOCK_D": power_of_two(c // heads)},
     }
-    return Launch(attend, (triton.cdiv(rows, owned), triton.cdiv(c, tile.columns)), arguments, tile.options())
+    grid = triton.cdiv(rows, owned) * arguments["TILES"], triton.cdiv(c, tile.columns)
+    return Launch(attend, grid, arguments, tile.options())
 
 
 @triton.jit
@@ -133,7 +134,7 @@ def linear(
     COLUMNS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """A tile of out (rows, N) = [out +] [gelu]([norm] x (rows, C) weight^T + bias), with `_folded` weights after a norm."""
+    """A tile of out (rows, N) = [out +] [gelu]([norm] x (rows, C) weight^T + bias); the layer holds its norm's weights."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = row < rows
@@ -176,35 +177,58 @@ def attend(
     C: tl.constexpr,
     HEAD: tl.constexpr,
     READ: tl.constexpr,
-    OWNED: tl.constexpr,
+    VIDEOS: tl.constexpr,
+    TILES: tl.constexpr,
     ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
     COLUMNS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """COLUMNS channels of x, for whole videos: OWNED rows, which see those of their own video.
+    """COLUMNS channels of x for a tile of the rows of VIDEOS videos, of which each sees its own video's.
 
     Every block of channels attends again, head by head: as much as its part of the projection, and one launch less.
     """
-    index, column, d = tl.arange(0, ROWS), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, BLOCK_D)
-    row = tl.program_id(0) * OWNED + index
-    inside = (index < OWNED) & (row < rows)
-    mask = inside[:, None]
-    mask_w = (column < C)[:, None]
-    if HEAD != BLOCK_D:
-        mask = mask & (d < HEAD)[None, :]
-        mask_w = mask_w & (d < HEAD)[None, :]
-    same = (index // READ)[:, None] == (index // READ)[None, :]  # a row outside sees itself: no NaN arises
-    at = qkv + row.to(tl.int64)[:, None] * (3 * C) + d[None, :]
+    start = tl.program_id(0) // TILES * (VIDEOS * READ)
+    index = tl.program_id(0) % TILES * ROWS + tl.arange(0, ROWS)
+    column, d = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, BLOCK_D)
+    row, inside = start + index, (index < VIDEOS * READ) & (start + index < rows)
+    video = tl.minimum(index // READ, VIDEOS - 1)  # rows outside look at the last video, so that no NaN arises
     acc = tl.zeros([ROWS, COLUMNS], tl.float32)
     for first in range(0, C, HEAD):
-        q = tl.load(at + first, mask=mask, other=0.0)  # (ROWS, BLOCK_D)
-        k = tl.load(at + first + C, mask=mask, other=0.0)
-        v = tl.load(at + first + 2 * C, mask=mask, other=0.0)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee") * (HEAD**-0.5)  # (ROWS, ROWS)
-        s = tl.where(same, s, float("-inf"))
-        p = tl.exp2((s - tl.max(s, 1)[:, None]) * LOG2E)
-        seen = tl.dot(p, v, input_precision="ieee") / tl.sum(p, 1)[:, None]
-        factor = tl.load(weight + column[:, None] * C + first + d[None, :], mask=mask_w, other=0.0)
-        acc = add_product(acc, seen, tl.trans(factor))  # (COLUMNS, BLOCK_D)
+        q = head_at(qkv, row, inside, first, d, C, HEAD, BLOCK_D)
+        m = tl.full([ROWS], float("-inf"), tl.float32)
+        total = tl.zeros([ROWS], tl.float32)
+        seen = tl.zeros([ROWS, BLOCK_D], tl.float32)
+        for key in range(0, VIDEOS * READ, KEYS):
+            other = key + tl.arange(0, KEYS)
+            exists = start + other < rows
+            k = head_at(qkv, start + other, exists, first + C, d, C, HEAD, BLOCK_D)  # (KEYS, BLOCK_D)
+            v = head_at(qkv, start + other, exists, first + 2 * C, d, C, HEAD, BLOCK_D)
+            s = tl.dot(q, tl.trans(k), input_precision="ieee") * (HEAD**-0.5)  # (ROWS, KEYS)
+            s = tl.where(video[:, None] == (other // READ)[None, :], s, float("-inf"))
+            m, total, seen = add_tokens(m, total, seen, s, v)
+        mask = column[:, None] < C
+        if HEAD != BLOCK_D:
+            mask = mask & (d < HEAD)[None, :]
+        factor = tl.load(weight + column[:, None] * C + first + d[None, :], mask=mask, other=0.0)
+        acc = add_product(acc, seen / total[:, None], tl.trans(factor))
     acc += load_vector(bias, column, C, COLUMNS)[None, :]
     store_rows(x, row, inside, column, acc, C, COLUMNS, True)
+
+
+@triton.jit
+def head_at(qkv, row, inside, first, d, C: tl.constexpr, HEAD: tl.constexpr, BLOCK_D: tl.constexpr):
+    """(len(row), BLOCK_D) of qkv (., 3 C): HEAD channels from `first` on; zeros past them and outside."""
+    mask = inside[:, None]
+    if HEAD != BLOCK_D:
+        mask = mask & (d < HEAD)[None, :]
+    return tl.load(qkv + row.to(tl.int64)[:, None] * (3 * C) + (first + d)[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def add_tokens(m, weight, acc, s, tile):
+    """The state (max, sum, weighted sum) of the tokens so far, and of a tile of them with logits s; not all -inf."""
+    m_new = tl.maximum(m, tl.max(s, 1))
+    p = tl.exp2((s - m_new[:, None]) * LOG2E)
+    fade = tl.exp2((m - m_new) * LOG2E)
+    return m_new, weight * fade + tl.sum(p, 1), add_product(acc * fade[:, None], p, tile)
