@@ -29,7 +29,7 @@ from mirasol_kernels._triton import (
     power_of_two,
     share_of,
 )
-from mirasol_kernels.latent_recurrence.triton_config import POOL, score_tile
+from mirasol_kernels.latent_recurrence.triton_config import POOL, SCORE
 from mirasol_kernels.latent_recurrence.triton_linear import (
     LENGTHS,
     add_tokens,
@@ -112,7 +112,7 @@ def forward_launches(
 
 
 def _folded(norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """The layer after a norm with the norm's own weight and bias in it: once a call, instead of in every tile."""
+    """The layer after a norm with the norm's own weight and bias in it: once a call, instead of in every SCORE."""
     return weight * norm_weight, torch.addmv(bias, weight, norm_bias)
 
 
@@ -133,34 +133,33 @@ def _score_memory(
     write_table: Tensor | None,
     write_logits: Tensor,
 ) -> Launch:
-    (batch, slots, read), tile = read_logits.shape, score_tile(len(reader[0]))
+    batch, slots, read = read_logits.shape
     arguments = {
         **_named("from", before, "memory"),
         **{"reader": reader, "read_table": read_table, "read_logits": read_logits},
         **{"writer": writer, "write_table": write_table, "write_logits": write_logits},
         **{"rows": batch * slots, "MEM": slots, "READ": read, **_score_constants(reader)},
     }
-    return Launch(score_memory, (triton.cdiv(batch * slots, tile.rows), 2), arguments, tile.options())
+    return Launch(score_memory, (triton.cdiv(batch * slots, SCORE.rows), 2), arguments, SCORE.options())
 
 
 def _score_output(
     x: Tensor, norm: tuple[Tensor, ...], now: Place, writer: tuple[Tensor, ...], table: Tensor | None, logits: Tensor
 ) -> Launch:
-    (_, read, slots), tile = logits.shape, score_tile(len(writer[0]))
+    _, read, slots = logits.shape
     arguments = {
         **{"x": x, "norm": norm, **_named("to", now, "outputs"), "rows": len(x)},
         **{"writer": writer, "table": table, "logits": logits},
         **{"MEM": slots, "READ": read, **_score_constants(writer)},
     }
-    return Launch(score_output, (triton.cdiv(len(x), tile.rows),), arguments, tile.options())
+    return Launch(score_output, (triton.cdiv(len(x), SCORE.rows),), arguments, SCORE.options())
 
 
 def _score_constants(pool_weights: tuple[Tensor, ...]) -> dict[str, int]:
     h, c = pool_weights[0].shape
-    tile = score_tile(h)
     return {
-        **{"C": c, "H": h, "ROWS": tile.rows, "BLOCK_C": tile.channels},
-        **{"BLOCK_H": power_of_two(h), "BLOCK_K": tile.columns},
+        **{"C": c, "H": h, "ROWS": SCORE.rows, "BLOCK_C": SCORE.channels},
+        **{"BLOCK_H": power_of_two(h), "BLOCK_K": SCORE.columns},
     }
 
 

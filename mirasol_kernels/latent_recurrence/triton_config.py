@@ -28,12 +28,15 @@ class Tile(NamedTuple):
 # Few rows: small tiles, so that a step of a few videos fills the chip.  Many: four times the products per byte.
 FEW, MANY = Tile(16, 32, 64, 4, 3), Tile(64, 64, 32, 8, 2)
 
+# 16 tokens by all hidden units of a token learner, then by `columns` learned tokens at a time.
+SCORE = Tile(16, 64, 64, 8, 2)
+
 # Learned tokens by channels; `channels` are the tokens of a step here.
 POOL = Tile(16, 32, 16, 4, 2)
 
 ATTEND_ROWS = 16
 
-HIDDEN, HEAD = 256, 256  # the most hidden units of a token learner, and channels of a head, that a tile holds whole
+HIDDEN, HEAD = 128, 256  # the most hidden units of a token learner, and channels of a head, that a tile holds whole
 
 
 def linear_tile(rows: int, columns: int, processors: int) -> Tile:
@@ -46,8 +49,3 @@ def attend_tile(read: int, head: int) -> Tile:
     """`channels` are the tokens seen at a time: with a whole head of them, 16 KB each of keys and values."""
     seen = min(power_of_two(read), max(16, 4096 // power_of_two(head)))
     return Tile(ATTEND_ROWS, 32, min(seen, 32), 4, 2)
-
-
-def score_tile(hidden: int) -> Tile:
-    """16 tokens by all hidden units, whose weights take 16 KB a step; then `columns` learned tokens at a time."""
-    return Tile(16, 64, max(16, 4096 // power_of_two(hidden, 64)), 8, 2)

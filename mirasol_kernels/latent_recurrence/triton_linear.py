@@ -134,7 +134,7 @@ def linear(
     COLUMNS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """A tile of out (rows, N) = [out +] [gelu]([norm] x (rows, C) weight^T + bias); the layer holds its norm's weights."""
+    """A tile of out (rows, N) = [out +] [gelu]([norm] x (rows, C) weight^T + bias); the layer holds the norm's part."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = row < rows
