@@ -31,6 +31,7 @@ class Problem:
     placed: bool = False
     add_erase: str = "paper"
     counted: bool = False  # with `valid`, drawn
+    heads: int = 4
 
 
 PROBLEMS: dict[str, Problem] = {
@@ -64,8 +65,11 @@ def cases(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 
 
 def case(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Case:
-    """The tensors are "memory", "source0", ... and the parameters by their names."""
-    p = PROBLEMS[name]
+    return problem_case(name, PROBLEMS[name], device, dtype)
+
+
+def problem_case(name: str, p: Problem, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Case:
+    """The tensors are "memory", "source0", ... and the parameters by their names; `name` seeds what is drawn."""
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
 
     def make(*sizes: int) -> Tensor:
@@ -80,7 +84,7 @@ def case(name: str, device: torch.device | str = "cpu", dtype: torch.dtype = tor
         unit=p.unit,
         layers=p.layers,
         mlp=32,
-        heads=4,
+        heads=p.heads,
         tokens=sum(p.n) if p.placed else None,
         add_erase=p.add_erase,
         query_std=1.0,

@@ -47,28 +47,38 @@ def _not_fused(memory: Tensor, sources: tuple[Tensor, ...], p: TokenTuringParame
     """What no fused backend takes; such machines run step by step, on the kernels of token_learner and attention."""
     if not isinstance(p.read, LearnedMlp) or not isinstance(p.write, LearnedMlp):
         return "memory mode TL of the standard unit only"
-    if not all(isinstance(block, TransformerBlock) for block in p.process.blocks):
+    blocks = _blocks(p)
+    if not blocks or len(blocks) < len(p.process.blocks):
         return "transformer as the processor only"
     if memory.dtype != torch.float32 or torch.is_autocast_enabled(memory.device.type):
         return "float32 only"
     if torch._C._are_functorch_transforms_active():
         return "no torch.func"
     if not memory.numel() or not sources[0].shape[1]:
-        return "at least one step, one video and one slot of memory"
-    heads = {block.attention.heads for block in p.process.blocks}
-    hidden = {pool.mlp.hidden.weight.shape[0] for pool in (p.read, p.write)}
-    mlp = {block.mlp.hidden.weight.shape[0] for block in p.process.blocks}
-    if len(heads) > 1 or len(hidden) > 1 or len(mlp) > 1:
+        return "at least one video, one slot of memory and one step"
+    heads = {block.attention.heads for block in blocks}
+    if len(heads) > 1 or len(_hidden(p)) > 1 or len(_mlp(p)) > 1:
         return "one number of heads and one width of hidden layers only"
     return None
 
 
+def _blocks(p: TokenTuringParameters) -> list[TransformerBlock]:
+    return [block for block in p.process.blocks if isinstance(block, TransformerBlock)]
+
+
+def _hidden(p: TokenTuringParameters) -> set[int]:
+    return {pool.mlp.hidden.bias.shape[0] for pool in (p.read, p.write) if isinstance(pool, LearnedMlp)}
+
+
+def _mlp(p: TokenTuringParameters) -> set[int]:
+    return {block.mlp.hidden.bias.shape[0] for block in _blocks(p)}
+
+
 def _native(memory: Tensor, sources: tuple[Tensor, ...], p: TokenTuringParameters, *rest: Any) -> str | None:
     reason = _not_fused(memory, sources, p, *rest)
-    if reason is not None:
-        return reason
-    widths = p.width, p.read.mlp.hidden.weight.shape[0], *(b.mlp.hidden.weight.shape[0] for b in p.process.blocks)
-    return None if all(width % 16 == 0 for width in widths) else "widths that are multiples of 16 only"
+    if reason is None and any(width % 16 for width in (p.width, *_hidden(p), *_mlp(p))):
+        return "widths that are multiples of 16 only"
+    return reason
 
 
 OP.backend("native", "cpu", _native)
@@ -78,7 +88,7 @@ def fused(
     backend: Backend, memory: Tensor, for_read: Any, for_write: Any, p: TokenTuringParameters, tables: Any
 ) -> tuple[Tensor, Tensor]:
     """The last memory and the outputs; tables as in CALL."""
-    weights, heads = weights_of(p), p.process.blocks[0].attention.heads
+    weights, heads = weights_of(p), _blocks(p)[0].attention.heads
     tensors = (memory, *for_read, *for_write, *weights, *tables)
     tensors = tuple(None if x is None else x.contiguous() for x in tensors)
     if not torch.is_grad_enabled() or not any(x is not None and x.requires_grad for x in tensors):
