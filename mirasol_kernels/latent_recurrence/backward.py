@@ -18,7 +18,6 @@ from mirasol_kernels.latent_recurrence.modules import (
     Linear,
     Mlp,
     Norm,
-    Processor,
     TransformerBlock,
 )
 from mirasol_kernels.latent_recurrence.parts import join_heads, linear, logits, mlp, norm, split_heads
@@ -32,7 +31,9 @@ class Unit(NamedTuple):
 
     read: LearnedMlp
     write: LearnedMlp
-    process: Processor
+    blocks: tuple[TransformerBlock, ...]
+    norm: Norm
+    process_table: Tensor | None  # (r, c)
     read_table: Tensor | None  # (mem, c)
     write_table: Tensor | None  # (mem, c)
     output_table: Tensor | None  # (r, c)
@@ -43,9 +44,8 @@ class Unit(NamedTuple):
         read_table, write_table, output_table, process_table = tables
         starts = range(2 * POOL, len(weights) - 2, BLOCK)
         blocks = tuple(_block(weights[first : first + BLOCK], heads) for first in starts)
-        process = Processor(blocks, Norm(*weights[-2:]), process_table)
-        pools = _pool(weights[:POOL]), _pool(weights[POOL : 2 * POOL])
-        return cls(*pools, process, read_table, write_table, output_table)
+        read, write = _pool(weights[:POOL]), _pool(weights[POOL : 2 * POOL])
+        return cls(read, write, blocks, Norm(*weights[-2:]), process_table, read_table, write_table, output_table)
 
 
 def _pool(w: list[Tensor]) -> LearnedMlp:
@@ -60,11 +60,11 @@ def _block(w: list[Tensor], heads: int) -> TransformerBlock:
 def step(memory: Tensor, for_read: TokenLearnerState, for_write: TokenLearnerState, p: Unit) -> tuple[Tensor, ...]:
     """The next memory (B, mem, c) and the output (B, r, c) from memory (B, mem, c) and the states of a step's input."""
     z = pooled(_placed(memory, p.read_table), p.read).merge(for_read).value()  # (B, r, c)
-    x = _placed(z, p.process.positions)
-    for block in p.process.blocks:
+    x = _placed(z, p.process_table)
+    for block in p.blocks:
         x = x + attention(norm(x, block.norm1), block.attention)
         x = x + mlp(norm(x, block.norm2), block.mlp)
-    output = norm(x, p.process.norm)
+    output = norm(x, p.norm)
     seen = torch.cat([_placed(memory, p.write_table), _placed(output, p.output_table)], 1)  # (B, mem + r, c)
     return pooled(seen, p.write).merge(for_write).value(), output
 
@@ -109,8 +109,9 @@ def backward(
         now = [x[:, t].detach().requires_grad_() for x in (kept, *for_read[1:], *for_write[1:])]
         memory, read_sum, read_weighted, write_sum, write_weighted = now
         with torch.enable_grad():
-            states = (for_read[0][:, t], read_sum, read_weighted), (for_write[0][:, t], write_sum, write_weighted)
-            results = step(memory, *(TokenLearnerState(*state) for state in states), unit)
+            read = TokenLearnerState(for_read[0][:, t], read_sum, read_weighted)
+            write = TokenLearnerState(for_write[0][:, t], write_sum, write_weighted)
+            results = step(memory, read, write, unit)
         dmemory, *grads = torch.autograd.grad(results, [*now, *constants], [dmemory, doutputs[:, t]])
         for total, grad in zip(of_inputs, grads, strict=False):
             total[:, t] = grad

@@ -73,12 +73,11 @@ def forward_launches(
 ) -> list[Launch]:
     """The kernels of all steps, in order."""
     (batch, steps, read, c), slots = outputs.shape, memory.shape[1]
-    reader, writer = ((*_folded(*w[:4]), *w[4:]) for w in (weights[:6], weights[6:12]))
+    reader, writer = (tuple(_folded(w[:4]) + w[4:]) for w in (weights[:6], weights[6:12]))
     blocks = [weights[first : first + 16] for first in range(12, len(weights) - 2, 16)]
-    folded = [  # of q, k, v together (3 c, c) and (3 c), and of the hidden layer
-        (*_folded(*block[:2], torch.cat(block[2:8:2]), torch.cat(block[3:8:2])), *_folded(*block[10:14]))
-        for block in blocks
-    ]
+    # The layers behind norms: q, k and v together (3 c, c) and (3 c), and the hidden one.
+    qkvs = [_folded([*block[:2], torch.cat(block[2:8:2]), torch.cat(block[3:8:2])]) for block in blocks]
+    hiddens = [_folded(block[10:14]) for block in blocks]
     read_table, write_table, output_table, process_table = tables
     width = max((block[12].shape[0] for block in blocks), default=0)  # one for all
 
@@ -96,12 +95,12 @@ def forward_launches(
             _score_memory(before, reader, read_table, read_logits, writer, write_table, write_logits),
             _pool([(before, read_table, read_logits)], for_read, steps, t, process_table, (x, 1, 0)),
         ]
-        for block, first in zip(blocks, folded, strict=True):
+        for block, of_qkv, of_hidden in zip(blocks, qkvs, hiddens, strict=True):
             done += [
-                linear_launch(x, *first[:2], qkv, machine, norm=True),
-                attend_launch(qkv, *block[8:10], x, read, heads),
-                linear_launch(x, *first[2:], hidden, machine, norm=True, gelu=True),
-                linear_launch(hidden, *block[14:16], x, machine, add=True),
+                linear_launch(x, of_qkv, qkv, machine, norm=True),
+                attend_launch(qkv, block[8:10], x, read, heads),
+                linear_launch(x, of_hidden, hidden, machine, norm=True, gelu=True),
+                linear_launch(hidden, block[14:16], x, machine, add=True),
             ]
         seen = [(before, write_table, write_logits), (now, output_table, output_logits)]
         done += [
@@ -111,9 +110,10 @@ def forward_launches(
     return done
 
 
-def _folded(norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """The layer after a norm with the norm's own weight and bias in it: once a call, instead of in every SCORE."""
-    return weight * norm_weight, torch.addmv(bias, weight, norm_bias)
+def _folded(tensors: list[Tensor]) -> list[Tensor]:
+    """weight and bias of the layer behind a norm, of whose own they are given two, with those in them: once a call."""
+    norm_weight, norm_bias, weight, bias = tensors
+    return [weight * norm_weight, torch.addmv(bias, weight, norm_bias)]
 
 
 def _memories(memory: Tensor, last: Tensor, kept: Tensor | None, steps: int) -> list[Place]:
@@ -172,7 +172,8 @@ def _pool(
     after: Place,
 ) -> Launch:
     """seen: memory, and output if it is seen, each with its table and its logits (B, n, k)."""
-    (before, memory_table, memory_logits), (now, output_table, output_logits) = (*seen, (None, None, None))[:2]
+    (before, memory_table, memory_logits), *more = seen
+    now, output_table, output_logits = more[0] if more else (None, None, None)
     (batch, slots, k), c = memory_logits.shape, of_input[2].shape[3]
     arguments = {
         **{**_named("from", before, "memory"), "memory_table": memory_table, "memory_logits": memory_logits},

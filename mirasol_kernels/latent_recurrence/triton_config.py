@@ -36,8 +36,6 @@ POOL = Tile(16, 32, 16, 4, 2)
 
 ATTEND_ROWS = 16
 
-HIDDEN, HEAD = 128, 256  # the most hidden units of a token learner, and channels of a head, that a tile holds whole
-
 
 def linear_tile(rows: int, columns: int, processors: int) -> Tile:
     """For a product of `rows` by `columns`: many, once that gives every processor two programs."""

@@ -26,8 +26,7 @@ LENGTHS = ["rows", "batch", "steps", "t", "from_steps", "from_t", "to_steps", "t
 
 def linear_launch(
     x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
+    layer: list[Tensor],
     out: Tensor,
     machine: Machine,
     *,
@@ -35,8 +34,11 @@ def linear_launch(
     gelu: bool = False,
     add: bool = False,
 ) -> Launch:
-    """out (rows, n) = x (rows, c), normed first, by weight (n, c), plus bias, with GELU; or `add` to what is there."""
-    (rows, c), n = x.shape, weight.shape[0]
+    """out (rows, n) = the layer, weight (n, c) and bias, of x (rows, c), after a norm, before GELU, or added to out.
+
+    A norm's own weight and bias are in those of the layer."""
+    weight, bias = layer
+    (rows, c), n = x.shape, len(weight)
     tile = linear_tile(rows, n, machine.processors)
     arguments = {
         **{"x": x, "weight": weight, "bias": bias, "out": out, "rows": rows},
@@ -46,9 +48,9 @@ def linear_launch(
     return Launch(linear, (triton.cdiv(rows, tile.rows), triton.cdiv(n, tile.columns)), arguments, tile.options())
 
 
-def attend_launch(qkv: Tensor, weight: Tensor, bias: Tensor, x: Tensor, read: int, heads: int) -> Launch:
-    """x (B r, c) += weight (c, c) times what the r tokens of a video see of each other, plus bias; qkv (B r, 3 c)."""
-    rows, c = x.shape
+def attend_launch(qkv: Tensor, layer: list[Tensor], x: Tensor, read: int, heads: int) -> Launch:
+    """x (B r, c) += the layer of what the r tokens of a video see of each other; qkv (B r, 3 c)."""
+    (weight, bias), (rows, c) = layer, x.shape
     tile, videos = attend_tile(read, c // heads), max(1, ATTEND_ROWS // read)  # several in a tile, or one in several
     owned = videos * read
     arguments = {
@@ -134,7 +136,7 @@ def linear(
     COLUMNS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """A tile of out (rows, N) = [out +] [gelu]([norm] x (rows, C) weight^T + bias); the layer holds the norm's part."""
+    """A tile of out (rows, N) = [out +] [gelu]([norm] x (rows, C) weight^T + bias)."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside = row < rows
