@@ -114,11 +114,11 @@ def _triton_fwd(*args: Any) -> tuple[Tensor, ...]:
     return results
 
 
-def _recomputed_bwd(dmemory: Tensor, doutputs: Tensor, kept: Tensor, memory: Tensor, *call: Any) -> list[Tensor]:
+def _triton_bwd(dmemory: Tensor, doutputs: Tensor, kept: Tensor, memory: Tensor, *call: Any) -> list[Tensor]:
     return backward(dmemory, doutputs, kept, *call)
 
 
-OP.backend("triton", "cuda", _triton, fwd=_triton_fwd, bwd=_recomputed_bwd)
+OP.backend("triton", "cuda", _triton, fwd=_triton_fwd, bwd=_triton_bwd)
 
 
 def fused(
