@@ -52,9 +52,9 @@ class Unit:
         x, backs = self._placed(z, 3), []
         for i in range(2 * POOL, len(self.weights) - 2, BLOCK):
             for layers in (self._attention, self._mlp):
-                more, back = layers(x, i)
+                more, back_layers = layers(x, i)
                 x = x + more
-                backs.append(back)
+                backs.append(back_layers)
         output, back_norm = self._norm(x, len(self.weights) - 2)
         seen = torch.cat([self._placed(memory, 1), self._placed(output, 2)], 1)  # (B, mem + r, c)
         new, back_write = self._pool(seen, POOL, for_write)
@@ -65,8 +65,8 @@ class Unit:
             self._add_to_tables(dmemory, 1)
             self._add_to_tables(dy, 2)
             dx = back_norm(dy + doutput)
-            for back in reversed(backs):
-                dx = dx + back(dx)
+            for back_layers in reversed(backs):
+                dx = dx + back_layers(dx)
             self._add_to_tables(dx, 3)
             dread, *of_read = back_read(dx)
             self._add_to_tables(dread, 0)
