@@ -1,4 +1,4 @@
-"""What Triton kernels of any op share: the machine, a launch as a value, tiles of rows, units of the exponential."""
+"""What Triton kernels of any op share: the machine, a launch as a value, tiles, products, units of the exponential."""
 
 from __future__ import annotations
 
@@ -13,6 +13,10 @@ from torch import Tensor
 # exp(x) = exp2(x log2(e)): the chip has exp2 only, so scores are kept in units of log2 from the start.
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+
+# -2 sqrt(2/pi) log2(e), and that times 0.044715: exp(-2t) of the tanh GELU is exp2(LINEAR z + CUBIC z^3).
+LINEAR = tl.constexpr(-2.302208198144325)
+CUBIC = tl.constexpr(-0.1029432395800235)
 
 
 class Machine(NamedTuple):
@@ -106,3 +110,36 @@ def load_rows(
     if D != BLOCK_D:
         return tl.load(pointers, mask=d[None, :] < D, other=0.0)
     return tl.load(pointers)
+
+
+@triton.jit
+def load_matrix(
+    x, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
+):  # -> (len(row), len(column))
+    """Of x (ROWS, COLUMNS), contiguous; zeros outside."""
+    at = x + row[:, None] * COLUMNS + column[None, :]
+    if ROWS % BLOCK_R or COLUMNS % BLOCK_C:
+        return tl.load(at, mask=(row < ROWS)[:, None] & (column < COLUMNS)[None, :], other=0.0)
+    return tl.load(at)
+
+
+@triton.jit
+def load_vector(x, index, N: tl.constexpr, BLOCK: tl.constexpr):
+    if N % BLOCK:
+        return tl.load(x + index, mask=index < N, other=0.0)
+    return tl.load(x + index)
+
+
+@triton.jit
+def add_product(acc, a, b):
+    """acc + a b.  In float32 a sum of c or n terms, one after another, would round worse than a blocked product of the
+    reference: every product starts from 0.  Subtracted, because an addition Triton folds into the chain."""
+    if a.dtype == tl.float32:
+        return acc - tl.dot(-a, b, input_precision="ieee")
+    return tl.dot(a, b, acc)
+
+
+@triton.jit
+def share_of(z):
+    """(1 + tanh t) / 2 = 1 / (1 + exp(-2t)) with t = sqrt(2/pi) (z + 0.044715 z^3): neither cancels nor overflows."""
+    return 1 / (1 + tl.exp2(z * (z * z * CUBIC + LINEAR)))

@@ -15,6 +15,8 @@ import torch
 from mirasol_kernels import SnippetLayout, _native
 from mirasol_kernels._dispatch import Op, use_backend
 from mirasol_kernels.block_causal_attention import op
+from mirasol_kernels.latent_recurrence import TokenTuringParameters
+from mirasol_kernels.latent_recurrence import op as latent_recurrence
 from mirasol_kernels.token_learner import op as token_learner
 from tests.gpu_code import SHARED, examined, library_resources
 
@@ -32,6 +34,7 @@ INTERPRETED = [
     *[("interpreted", part) for part in ("decode or leak", "drawn")],
     *[("interpreted_token_learner", f"budget and {kind} and {bits}") for kind in ("tokens", "state") for bits in BITS],
     *[("interpreted_token_learner", part) for part in ("regimes or tiles_of_the_table", "leak or reads_only", "drawn")],
+    *[("interpreted_latent_recurrence", part) for part in ("budget or large or reads or launches", "shapes")],
 ]
 KERNELS = ("forward", "decode", "backward_q", "backward_kv")
 
@@ -189,6 +192,80 @@ def test_cuda_library_spills_nothing(record_property: Any) -> None:
         assert -(-registers // 8) * 8 * CUDA_KERNELS[kernel] <= 65536, f"{kernel} for {arch}: {registers} registers"
     figures = ", ".join(f"{kernel} {arch} {registers}" for (kernel, arch), (registers, _) in found.items())
     record_property("summary", f"compiled CUDA kernels, registers: {figures}")
+
+
+# (memory slots, tokens read, c) of latent_recurrence, for videos so few and so many that both linear tiles are used.
+# All of it is three minutes of one core; who runs the tests at hand compiles the first, a third.
+RECURRED = {(64, 8, 512): 4, (96, 32, 768): 64} if os.environ.get("MIRASOL_CI") else {(64, 8, 512): 4}
+
+
+def recurrence_launches(slots: int, read: int, c: int, batch: int, machine: Any) -> list:
+    """What a step launches: a processor of one block, 64 hidden units, 8 heads, mlp 512, with tables."""
+    from mirasol_kernels.latent_recurrence import triton
+
+    p = TokenTuringParameters.init(c, slots, read, heads=8, tokens=1, device="meta")
+    memory, *states = (
+        torch.empty(batch, *sizes, device="meta")
+        for sizes in ((slots, c), *((1, k, *more) for k in (read, slots) for more in ((), (), (c,))))
+    )
+    tables = [torch.empty(n, c, device="meta") for n in (slots, slots, read, read)]
+    call = memory, states[:3], states[3:], latent_recurrence.weights_of(p), tables, 8, False
+    return triton.forward_launches(*call, *latent_recurrence._fake_fwd(*call), machine=machine)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", latent_recurrence.COMPILED)
+def test_latent_recurrence_compiled(capability: int, record_property: Any) -> None:
+    """As test_compiled; of linear layers, only those that differ in more than a width."""
+    from mirasol_kernels._triton import Machine
+
+    lines = []
+    for sizes, batch in RECURRED.items():
+        looked_at = set()
+        for launch in recurrence_launches(*sizes, batch, Machine(capability, 100)):
+            name, given = launch.kernel.__name__, launch.arguments
+            kind = name, given.get("NORM"), given.get("ROWS"), given.get("READ")
+            if kind not in looked_at:
+                looked_at.add(kind)
+                what = f"{name} for {capability}, {sizes}"
+                lines.append(
+                    f"{name} {','.join(map(str, sizes))} {examined(launch, capability, what, tensor_cores=False)}"
+                )
+    record_property("summary", f"latent_recurrence {capability}, registers·stack·KB: {'; '.join(lines)}")
+
+
+def test_every_latent_recurrence_tile_resolves() -> None:
+    """Any sizes: no step wants what a product of tiles cannot be."""
+    from mirasol_kernels.latent_recurrence import triton_config as config
+
+    tiles = [config.linear_tile(rows, 64, 100) for rows in (1, 10**6)]
+    tiles += [config.attend_tile(read, head) for read in (1, 16, 17, 64, 500) for head in (1, 64, 65, 256)]
+    for tile in (*tiles, config.SCORE, config.POOL):
+        assert all(n & (n - 1) == 0 and n >= 16 for n in tile[:3])
+
+
+def test_what_the_fused_steps_refuse_on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    def said(
+        width: int = 64, hidden: int = 64, heads: int = 4, memory_mode: str = "TL", want: Any = None
+    ) -> str | None:
+        p = TokenTuringParameters.init(
+            width, 3, 2, mlp=16, hidden=hidden, heads=heads, memory_mode=memory_mode, device="meta"
+        )
+        memory, x = torch.empty(1, 3, width), torch.empty(1, 1, 2, width)
+        return latent_recurrence._triton(memory, (x,), p, want)
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert said(memory_mode="MHA") == "memory mode TL of the standard unit only"
+    assert said() == "compute capability below 8.0"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert said() is said(2048, 128, 8) is None
+    for sizes in ((2056, 64, 257), (64, 129, 4), (512, 64, 1)):
+        assert said(*sizes) == "c up to 2048, hidden up to 128 and heads up to 256 wide only"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 7))
+    assert said() == "not yet compiled for this GPU in tests: runs only if asked for by name"
+    assert said(want="triton") is None
+    monkeypatch.setattr(torch.version, "hip", "6.0")
+    assert said() == "NVIDIA GPUs only"
 
 
 def test_what_triton_refuses(monkeypatch: pytest.MonkeyPatch) -> None:

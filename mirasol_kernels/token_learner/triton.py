@@ -21,11 +21,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mirasol_kernels._triton import LOG2E, Launch, Machine, power_of_two
+from mirasol_kernels._triton import LOG2E, Launch, Machine, add_product, load_matrix, load_vector, power_of_two
 from mirasol_kernels.token_learner.triton_config import SUMS, fuses, slots_of, tile_of
 from mirasol_kernels.token_learner.triton_layer import (
     LENGTHS,
-    add_product,
     chunks,
     count_of,
     first_layer,
@@ -33,9 +32,7 @@ from mirasol_kernels.token_learner.triton_layer import (
     gelu,
     layer_constants,
     layer_launch,
-    load_matrix,
     load_tokens,
-    load_vector,
     reader,
 )
 

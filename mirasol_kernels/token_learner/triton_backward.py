@@ -24,11 +24,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mirasol_kernels._triton import LOG2E, Launch, Machine
+from mirasol_kernels._triton import LOG2E, Launch, Machine, add_product, load_matrix, load_vector
 from mirasol_kernels.token_learner.triton_config import Tile, slots_of, tile_of
 from mirasol_kernels.token_learner.triton_layer import (
     LENGTHS,
-    add_product,
     chunks,
     count_of,
     fold_launch,
@@ -36,9 +35,7 @@ from mirasol_kernels.token_learner.triton_layer import (
     gelu_slope,
     layer_constants,
     layer_launch,
-    load_matrix,
     load_tokens,
-    load_vector,
     reader,
 )
 from mirasol_kernels.token_learner.triton_weights import WeightSums, position_launch

@@ -25,14 +25,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mirasol_kernels._triton import Launch, Machine, power_of_two
+from mirasol_kernels._triton import Launch, Machine, add_product, load_matrix, load_vector, power_of_two, share_of
 from mirasol_kernels.token_learner.triton_config import Tile, tile_of
 
 WORKSPACE = 64 << 20  # bytes that the hidden units of some batch rows take at a time; one row may take more
 
-# -2 sqrt(2/pi) log2(e), and that times 0.044715: exp(-2t) of the tanh GELU is exp2(LINEAR z + CUBIC z^3).
-LINEAR = tl.constexpr(-2.302208198144325)
-CUBIC = tl.constexpr(-0.1029432395800235)
 HALF_LOG2E = tl.constexpr(-0.7213475204444817)
 
 # Numbers that follow the lengths must not compile a kernel of their own.
@@ -125,33 +122,6 @@ def load_tokens(x, x_row, table, token, stop, first, C: tl.constexpr, BLOCK_C: t
 
 
 @triton.jit
-def load_matrix(
-    x, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
-):  # -> (len(row), len(column))
-    """Of x (ROWS, COLUMNS), contiguous; zeros outside."""
-    at = x + row[:, None] * COLUMNS + column[None, :]
-    if ROWS % BLOCK_R or COLUMNS % BLOCK_C:
-        return tl.load(at, mask=(row < ROWS)[:, None] & (column < COLUMNS)[None, :], other=0.0)
-    return tl.load(at)
-
-
-@triton.jit
-def load_vector(x, index, N: tl.constexpr, BLOCK: tl.constexpr):
-    if N % BLOCK:
-        return tl.load(x + index, mask=index < N, other=0.0)
-    return tl.load(x + index)
-
-
-@triton.jit
-def add_product(acc, a, b):
-    """acc + a b.  In float32 a sum of c or n terms, one after another, would round worse than a blocked product of the
-    reference: every product starts from 0.  Subtracted, because an addition Triton folds into the chain."""
-    if a.dtype == tl.float32:
-        return acc - tl.dot(-a, b, input_precision="ieee")
-    return tl.dot(a, b, acc)
-
-
-@triton.jit
 def first_layer(
     x,
     x_row,
@@ -208,12 +178,6 @@ def gelu_slope(z, ERF: tl.constexpr):
         return 0.5 + 0.5 * tl.erf(z * 0.7071067811865476) + z * density
     share = share_of(z)
     return share + z * share * (1 - share) * (1.5957691216057308 + z * z * 0.2140644488)
-
-
-@triton.jit
-def share_of(z):
-    """(1 + tanh t) / 2 = 1 / (1 + exp(-2t)) with t = sqrt(2/pi) (z + 0.044715 z^3): neither cancels nor overflows."""
-    return 1 / (1 + tl.exp2(z * (z * z * CUBIC + LINEAR)))
 
 
 @triton.jit(do_not_specialize=LENGTHS)

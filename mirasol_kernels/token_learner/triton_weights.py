@@ -14,14 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mirasol_kernels._triton import Launch, Machine, power_of_two
+from mirasol_kernels._triton import Launch, Machine, add_product, load_matrix, power_of_two
 from mirasol_kernels.token_learner.triton_config import tile_of
 from mirasol_kernels.token_learner.triton_layer import (
     LENGTHS,
-    add_product,
     count_of,
     layer_constants,
-    load_matrix,
     load_tokens,
 )
 
