@@ -22,38 +22,41 @@ struct StepBack {
   float *dy, *dz, *dmemory;  // (rows, c) twice: of the output, of what was read; (batch, memory, c)
   float *dattended;       // (rows, c)
   float *dheads, *dscores;  // (batch, heads, read, head width), (batch, heads, read, wide(read))
-
-  StepBack(Pieces& at, const Call& call) : s(at, call) {
-    const int64_t rows = call.batch * call.read, mem = call.memory, all = mem + call.read, c = call.c;
-    const int64_t depth = depth_of(call) * rows;
-    float* const write_ds = at.take(call.batch * all * wide(mem));
-    read = look_back(at, call, s.read, at.take(call.batch * mem * wide(call.read)));
-    write = look_back(at, call, s.write, write_ds);
-    written = look_back(at, call, s.written, write_ds ? write_ds + mem * wide(mem) : nullptr);
-    inputs = reinterpret_cast<Inputs*>(at.take(call.layers * int64_t(sizeof(Inputs) / sizeof(float))));
-    layers = reinterpret_cast<LayerBack*>(at.take(call.layers * int64_t(sizeof(LayerBack) / sizeof(float))));
-    for (int64_t i = 0; i < call.layers; ++i) {
-      const Inputs in{at.take(depth * c), at.take(depth * c), at.take(depth * c), at.take(depth * call.mlp)};
-      const LayerBack back{at.take(depth * c), at.take(depth * call.mlp), at.take(depth * c),
-                           at.take(depth * qkv_width(call)), at.take(rows * c), at.take(rows * c)};
-      if (at.begin) inputs[i] = in, layers[i] = back;
-    }
-    dy = at.take(rows * c), dz = at.take(rows * c), dmemory = at.take(call.batch * mem * c);
-    dattended = at.take(rows * c);
-    dheads = at.take(rows * call.heads * head_width(call)), dscores = at.take(rows * call.heads * wide(call.read));
-    s.y = at.take(rows * c), s.y_batch = call.read * c;
-  }
-
-  // Step number `turn` of those whose rows are collected.
-  void collect(const Call& call, int64_t turn) {
-    const int64_t row = turn * call.batch * call.read;
-    for (int64_t i = 0; i < call.layers; ++i) {
-      Layer& l = s.layers[i];
-      l.normal1 = inputs[i].normal1 + row * call.c, l.attended = inputs[i].attended + row * call.c;
-      l.normal2 = inputs[i].normal2 + row * call.c, l.hidden = inputs[i].hidden + row * call.mlp;
-    }
-  }
 };
+
+static StepBack step_back(Pieces& at, const Call& call) {
+  StepBack g;
+  Activations& s = g.s = activations(at, call);
+  const int64_t rows = call.batch * call.read, mem = call.memory, all = mem + call.read, c = call.c;
+  const int64_t depth = depth_of(call) * rows;
+  float* const write_ds = at.take(call.batch * all * wide(mem));
+  g.read = look_back(at, call, s.read, at.take(call.batch * mem * wide(call.read)));
+  g.write = look_back(at, call, s.write, write_ds);
+  g.written = look_back(at, call, s.written, write_ds ? write_ds + mem * wide(mem) : nullptr);
+  g.inputs = reinterpret_cast<Inputs*>(at.take(call.layers * int64_t(sizeof(Inputs) / sizeof(float))));
+  g.layers = reinterpret_cast<LayerBack*>(at.take(call.layers * int64_t(sizeof(LayerBack) / sizeof(float))));
+  for (int64_t i = 0; i < call.layers; ++i) {
+    const Inputs in{at.take(depth * c), at.take(depth * c), at.take(depth * c), at.take(depth * call.mlp)};
+    const LayerBack back{at.take(depth * c), at.take(depth * call.mlp), at.take(depth * c),
+                         at.take(depth * qkv_width(call)), at.take(rows * c), at.take(rows * c)};
+    if (at.begin) g.inputs[i] = in, g.layers[i] = back;
+  }
+  g.dy = at.take(rows * c), g.dz = at.take(rows * c), g.dmemory = at.take(call.batch * mem * c);
+  g.dattended = at.take(rows * c);
+  g.dheads = at.take(rows * call.heads * head_width(call)), g.dscores = at.take(rows * call.heads * wide(call.read));
+  s.y = at.take(rows * c), s.y_batch = call.read * c;
+  return g;
+}
+
+// Step number `turn` of those whose rows are collected.
+static void collect(const Call& call, const StepBack& g, int64_t turn) {
+  const int64_t row = turn * call.batch * call.read;
+  for (int64_t i = 0; i < call.layers; ++i) {
+    Layer& l = g.s.layers[i];
+    l.normal1 = g.inputs[i].normal1 + row * call.c, l.attended = g.inputs[i].attended + row * call.c;
+    l.normal2 = g.inputs[i].normal2 + row * call.c, l.hidden = g.inputs[i].hidden + row * call.mlp;
+  }
+}
 
 static void attend_backward(const Call& call, const Layer& l, const StepBack& g, float* dqkv, int64_t item) {
   const int64_t d = call.c / call.heads, b = item / call.heads, head = item % call.heads, r = call.read;
@@ -187,7 +190,7 @@ static void add_table(const Call& call, const float* x, int64_t tokens, float* t
 
 int64_t latent_recurrence_backward_workspace(const Call& call) {
   Pieces at{};
-  StepBack space(at, call);
+  step_back(at, call);
   return at.taken;
 }
 
@@ -195,7 +198,7 @@ void latent_recurrence_backward(const Backward& f, const Team& team, float* work
   const Call& call = f.call;
   const int64_t mem = call.memory, c = call.c, r = call.read, size = mem * c, T = call.steps, rows = call.batch * r;
   Pieces at{workspace};
-  StepBack g(at, call);
+  StepBack g = step_back(at, call);
   Activations& s = g.s;
   const auto clear = [](float* x, int64_t n) {
     if (x) __builtin_memset(x, 0, n * sizeof(float));
@@ -222,7 +225,7 @@ void latent_recurrence_backward(const Backward& f, const Team& team, float* work
   const float* dnext = f.dlast;
   for (int64_t t = T - 1; t >= 0; --t) {
     set_memory(s, f.kept + t * size, T * size);
-    g.collect(call, turn);
+    collect(call, g, turn);
     run_step(team, call, t, s);
     pool_backward(team, call, mem, call.for_write, t, s.write_carry, dnext, size,
                   {{&s.write, &g.write}, {&s.written, &g.written}}, f.dwrite_sum, f.dwrite_pooled);

@@ -105,36 +105,38 @@ struct Activations {
   float *x, *mean, *inverse;  // (rows, c), (rows) twice: after the blocks
   float* y;                   // normalised: (read, c), y_batch floats from batch to batch
   int64_t y_batch;
-
-  static Layer layer(Pieces& at, const Call& call) {
-    const int64_t rows = call.batch * call.read;
-    Layer l;
-    l.x = at.take(rows * call.c);
-    for (float** one : {&l.mean1, &l.inverse1, &l.mean2, &l.inverse2}) *one = at.take(rows);
-    l.normal1 = at.take(rows * call.c), l.qkv = at.take(rows * qkv_width(call)), l.attended = at.take(rows * call.c);
-    l.weights = at.take(rows * call.heads * wide(call.read));
-    l.middle = at.take(rows * call.c), l.normal2 = at.take(rows * call.c);
-    l.hidden = at.take(rows * call.mlp), l.slope = at.take(rows * call.mlp);
-    return l;
-  }
-
-  Activations(Pieces& at, const Call& call) {
-    const int64_t rows = call.batch * call.read, mem = call.memory, all = mem + call.read;
-    float* const read_weights = at.take(call.batch * mem * wide(call.read));
-    float* const write_weights = at.take(call.batch * all * wide(mem));
-    read = look_at(at, call, call.reader, mem, call.read, call.read_table, read_weights, mem * wide(call.read));
-    write = look_at(at, call, call.writer, mem, mem, call.write_table, write_weights, all * wide(mem));
-    written = look_at(at, call, call.writer, call.read, mem, call.output_table,
-                      write_weights ? write_weights + mem * wide(mem) : nullptr, all * wide(mem));
-    read_carry = at.take(call.batch * wide(call.read)), write_carry = at.take(call.batch * wide(mem));
-    layers = reinterpret_cast<Layer*>(at.take(call.layers * int64_t(sizeof(Layer) / sizeof(float))));
-    for (int64_t i = 0; i < call.layers; ++i) {
-      const Layer l = layer(at, call);
-      if (at.begin) layers[i] = l;
-    }
-    x = at.take(rows * call.c), mean = at.take(rows), inverse = at.take(rows);
-  }
 };
+
+static Layer layer(Pieces& at, const Call& call) {
+  const int64_t rows = call.batch * call.read;
+  Layer l;
+  l.x = at.take(rows * call.c);
+  for (float** one : {&l.mean1, &l.inverse1, &l.mean2, &l.inverse2}) *one = at.take(rows);
+  l.normal1 = at.take(rows * call.c), l.qkv = at.take(rows * qkv_width(call)), l.attended = at.take(rows * call.c);
+  l.weights = at.take(rows * call.heads * wide(call.read));
+  l.middle = at.take(rows * call.c), l.normal2 = at.take(rows * call.c);
+  l.hidden = at.take(rows * call.mlp), l.slope = at.take(rows * call.mlp);
+  return l;
+}
+
+static Activations activations(Pieces& at, const Call& call) {
+  Activations s;
+  const int64_t rows = call.batch * call.read, mem = call.memory, all = mem + call.read;
+  float* const read_weights = at.take(call.batch * mem * wide(call.read));
+  float* const write_weights = at.take(call.batch * all * wide(mem));
+  s.read = look_at(at, call, call.reader, mem, call.read, call.read_table, read_weights, mem * wide(call.read));
+  s.write = look_at(at, call, call.writer, mem, mem, call.write_table, write_weights, all * wide(mem));
+  s.written = look_at(at, call, call.writer, call.read, mem, call.output_table,
+                      write_weights ? write_weights + mem * wide(mem) : nullptr, all * wide(mem));
+  s.read_carry = at.take(call.batch * wide(call.read)), s.write_carry = at.take(call.batch * wide(mem));
+  s.layers = reinterpret_cast<Layer*>(at.take(call.layers * int64_t(sizeof(Layer) / sizeof(float))));
+  for (int64_t i = 0; i < call.layers; ++i) {
+    const Layer l = layer(at, call);
+    if (at.begin) s.layers[i] = l;
+  }
+  s.x = at.take(rows * call.c), s.mean = at.take(rows), s.inverse = at.take(rows);
+  return s;
+}
 
 // Tokens [first, first + n) of a row of the batch: with their table, normalised, their logits.
 static void look_rows(const Call& call, const Look& look, int64_t b, int64_t first, int n) {
@@ -354,7 +356,7 @@ static void set_memory(Activations& s, const float* memory, int64_t batch) {
 
 int64_t latent_recurrence_forward_workspace(const Call& call) {
   Pieces at{};
-  Activations space(at, call);
+  activations(at, call);
   at.take(call.batch * call.memory * call.c);
   return at.taken;
 }
@@ -363,7 +365,7 @@ void latent_recurrence_forward(const Forward& f, const Team& team, float* worksp
   const Call& call = f.call;
   const int64_t size = call.memory * call.c, T = call.steps;
   Pieces at{workspace};
-  Activations s(at, call);
+  Activations s = activations(at, call);
   float* const other = at.take(call.batch * size);
   if (f.kept)
     for (int64_t b = 0; b < call.batch; ++b)
