@@ -129,8 +129,7 @@ def memory(steps: Sequence[int]) -> Iterator[dict[str, Any]]:
             taken, _ = harness.peak_memory(training, name, length)
             every = {"loop": None, "ours": default_segment(length)}.get(name, 1)
             kept = 0 if every is None else -(-length // every) * case.slots * each
-            # The outputs, and what they are joined from.  The gradient of the inputs comes as the states go.
-            results = 2 * length * case.read * each
+            results = length * (case.read + case.n) * each  # the outputs, and the gradient of the inputs
             total = taken.peak - taken.before
             yield {
                 "steps": length, "run": name, "bytes": total, "kept": kept, "results": results,
@@ -139,7 +138,7 @@ def memory(steps: Sequence[int]) -> Iterator[dict[str, Any]]:
 
 
 def show_memory(rows: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
-    print("MB of forward and backward beyond parameters and inputs; activations: without kept states and outputs")
+    print("MB of forward and backward beyond parameters and inputs; activations: without kept states, outputs\nand the gradient of the inputs")
     print(f"{'steps':>6}  {'':<22}{'all':>8}{'states':>8}{'activations':>13}")
     done: list[dict[str, Any]] = []
     for row in rows:

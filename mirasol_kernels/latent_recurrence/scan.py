@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from mirasol_kernels._dispatch import use_backend, wanted_backend
+from mirasol_kernels.latent_recurrence.replay import CannotReplay, Form, Ran, Run, can_replay, replayed
 
 # What one step keeps for backward, in sizes of its state: 6 to 19 measured for Token Turing Machines (README.md).
 SAVED_PER_STATE = 10
@@ -25,29 +27,46 @@ def scan(step: Callable, state: Any, inputs: Any, dim: int = 1, checkpoint_every
         return state, _no_outputs(step, state, leaves, structure, dim)
     every = checkpoint_every or default_segment(length)
     form, backend = _form(state), wanted_backend()
+    first, shape = pytree.tree_flatten(state)
 
-    def segment(state: Any, part: tuple[Tensor, ...]) -> tuple[Any, Any]:
+    def run(now: Sequence[Tensor], part: Sequence[Tensor], like: Any = None) -> Ran:
+        state, made = pytree.tree_unflatten(now, shape), []
+        with use_backend(backend):  # recomputation may run in another thread
+            for xs in zip(*(leaf.unbind(dim) for leaf in part), strict=True):
+                state, output = _call(step, state, pytree.tree_unflatten(xs, structure))
+                _same("state", "the state it was given", form, _form(state))
+                like = like or _form(output)
+                _same("outputs", "the outputs of the first step", like, _form(output))
+                made.append(pytree.tree_leaves(output))
+        return pytree.tree_leaves(state), made, like
+
+    ran = None
+    if not torch.compiler.is_compiling() and can_replay():
+        with contextlib.suppress(CannotReplay):
+            ran = replayed(run, first, leaves, dim, every)
+    last, outputs = ran or _segments(run, first, leaves, dim, every)
+    return pytree.tree_unflatten(last, shape), outputs
+
+
+def _segments(run: Run, now: list[Tensor], leaves: list[Tensor], dim: int, every: int) -> tuple[list[Tensor], Any]:
+    """What `replayed` does, for where it cannot; and without autograd."""
+
+    def segment(now: list[Tensor], part: tuple[Tensor, ...]) -> tuple[list[Tensor], Any]:
         # Cut and joined in here, so that no more than a segment's steps are alive at once: an output, or the gradient
         # of an input, is often a view of something larger.
-        outputs = []
-        with use_backend(backend):  # recomputation may run in another thread
-            for now in zip(*(leaf.unbind(dim) for leaf in part), strict=True):
-                state, output = _call(step, state, pytree.tree_unflatten(now, structure))
-                _same("state", "the state it was given", form, _form(state))
-                outputs.append(output)
-                _same("outputs", "the outputs of the first step", _form(outputs[0]), _form(output))
-        return state, pytree.tree_map(lambda *ys: torch.stack(ys, dim), *outputs)
+        now, made, form = run(now, part)
+        return now, pytree.tree_unflatten([torch.stack(ys, dim) for ys in zip(*made, strict=True)], form[0])
 
     outputs = []
     for part in zip(*(leaf.split(every, dim) for leaf in leaves), strict=True):
         if torch.is_grad_enabled():
-            state, made = checkpoint(segment, state, part, use_reentrant=False)
+            now, made = checkpoint(segment, now, part, use_reentrant=False)
         else:
-            state, made = segment(state, part)
+            now, made = segment(now, part)
         outputs.append(made)
-        first, last = (_form(pytree.tree_map(lambda y: y.select(dim, 0), each)) for each in (outputs[0], made))
-        _same("outputs", "the outputs of the first step", first, last)
-    return state, pytree.tree_map(lambda *parts: torch.cat(parts, dim), *outputs)
+        head, this = (_form(pytree.tree_map(lambda y: y.select(dim, 0), each)) for each in (outputs[0], made))
+        _same("outputs", "the outputs of the first step", head, this)
+    return now, pytree.tree_map(lambda *parts: torch.cat(parts, dim), *outputs)
 
 
 def default_segment(length: int) -> int:
@@ -72,7 +91,7 @@ def _no_outputs(step: Callable, state: Any, leaves: list[Tensor], structure: pyt
     return pytree.tree_map(lambda y: y.new_empty((*y.shape, 0)).movedim(-1, dim), output)
 
 
-def _form(tree: Any) -> tuple:
+def _form(tree: Any) -> Form:
     """Structure, shapes and dtypes."""
     leaves, structure = pytree.tree_flatten(tree)
     for leaf in leaves:
@@ -81,13 +100,13 @@ def _form(tree: Any) -> tuple:
     return structure, [(tuple(leaf.shape), leaf.dtype) for leaf in leaves]
 
 
-def _same(what: str, like: str, expected: tuple, got: tuple) -> None:
+def _same(what: str, like: str, expected: Form, got: Form) -> None:
     if expected != got:
         raise ValueError(
             f"latent_recurrence: {what}: expected step to return {like}, {_say(expected)}, got {_say(got)}"
         )
 
 
-def _say(form: tuple) -> str:
+def _say(form: Form) -> str:
     structure, leaves = form
     return f"{len(leaves)} tensors {leaves} in {structure}" if len(leaves) != 1 else f"{leaves[0][0]} {leaves[0][1]}"
