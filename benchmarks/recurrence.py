@@ -138,7 +138,8 @@ def memory(steps: Sequence[int]) -> Iterator[dict[str, Any]]:
 
 
 def show_memory(rows: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
-    print("MB of forward and backward beyond parameters and inputs; activations: without kept states, outputs\nand the gradient of the inputs")
+    print("MB of forward and backward beyond parameters and inputs; activations: without kept states, outputs and the")
+    print("gradient of the inputs")
     print(f"{'steps':>6}  {'':<22}{'all':>8}{'states':>8}{'activations':>13}")
     done: list[dict[str, Any]] = []
     for row in rows:
