@@ -35,9 +35,10 @@ def save(folder: Path, step: int, model: nn.Module, optimizer: Optimizer, progre
     All is written and synced under another name, which is then changed, and that is synced: a reader, and a run that is
     resumed after it was killed, sees either all of a checkpoint or nothing.
     """
-    whole, growing = path_of(folder, step), folder / "growing"
+    whole, growing, leaving = path_of(folder, step), folder / "growing", folder / "leaving"
     if first():
-        shutil.rmtree(growing, ignore_errors=True)
+        for rest in (growing, leaving):  # of a run that was killed
+            shutil.rmtree(rest, ignore_errors=True)
         growing.mkdir(parents=True)
     meet()
     weights, moments = get_state_dict(model, optimizer)
@@ -47,11 +48,11 @@ def save(folder: Path, step: int, model: nn.Module, optimizer: Optimizer, progre
         dcp.save(state, storage_writer=dcp.FileSystemWriter(growing, sync_files=True))
     if first():
         sync(growing)
-        shutil.rmtree(whole, ignore_errors=True)
         growing.rename(whole)
         sync(folder)
         for old in steps(folder)[:-keep]:
-            shutil.rmtree(path_of(folder, old))
+            path_of(folder, old).rename(leaving)  # what is called a step is whole, at every moment
+            shutil.rmtree(leaving)
     meet()
 
 

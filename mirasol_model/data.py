@@ -62,7 +62,8 @@ class ClipFolder(Dataset[Example]):
             expect(isinstance(value, int) and 1 <= value <= frames, f"data.{name}", f"1 .. {frames}", value)
         expect(isinstance(fps, int | float) and 0 < fps < float("inf"), "data.fps", "a positive number", fps)
         expect(self.file.is_file(), "data.prompts", "a JSONL file", str(prompts))
-        self.wanted = {"frames": frames, "least": least, "fps": fps, "size": size, "sample_rate": sample_rate}
+        self.wanted: dict[str, Any] = {"frames": frames, "least": least, "fps": fps}
+        self.wanted |= {"size": size, "sample_rate": sample_rate}
         numbered = enumerate(self.file.read_text().splitlines(), start=1)
         self.lines = [(number, line) for number, line in numbered if line.strip()]
         expect(bool(self.lines), "data.prompts", "at least one line", str(prompts))

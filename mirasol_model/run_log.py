@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ def read_rows(file: Path, upto: int | None = None) -> list[dict[str, Any]]:
 
 
 class RunLog:
-    """log.jsonl has a row per step, {"step", "loss", its parts, ...}, and one per evaluation, {"step", "exact": ...}."""
+    """log.jsonl: a row per step, {"step", "loss", its parts, ...}, and one per evaluation, {"step", "exact": ...}."""
 
     def __init__(self, folder: Path, step: int, steps: int):
         """step: the last one that counts; what a run that was killed wrote after it is taken back."""
@@ -39,17 +40,18 @@ class RunLog:
         self.board = SummaryWriter(folder / "tensorboard", purge_step=step + 1)
         self.bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True)
 
-    def write(self, row: dict[str, Any]) -> None:
-        """A row with "step" and numbers, or mappings of numbers."""
-        self.file.write(json.dumps(row) + "\n")
+    def write(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Rows with "step" and numbers, or mappings of numbers."""
+        for row in rows:
+            self.file.write(json.dumps(row) + "\n")
+            for name, value in row.items():
+                for key, number in value.items() if isinstance(value, dict) else [("", value)]:
+                    if name != "step" and number is not None:
+                        self.board.add_scalar(f"{name}/{key}" if key else name, number, row["step"])
+            if "loss" in row:
+                self.bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
+                self.bar.update(row["step"] - self.bar.n)
         self.file.flush()  # a killed process loses nothing that was written
-        for name, value in row.items():
-            for key, number in value.items() if isinstance(value, dict) else [("", value)]:
-                if name != "step" and number is not None:
-                    self.board.add_scalar(f"{name}/{key}" if key else name, number, row["step"])
-        if "loss" in row:
-            self.bar.set_postfix(loss=f"{row['loss']:.4f}", refresh=False)
-            self.bar.update(row["step"] - self.bar.n)
 
     def say(self, line: str) -> None:
         """To the terminal, above the bar."""

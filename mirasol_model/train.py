@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, Subset
 
@@ -151,6 +151,10 @@ class Trainer:
     def autocast(self) -> AbstractContextManager:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16)
 
+    def alone(self) -> AbstractContextManager:
+        """Gradients stay with their process: more are to come before the step."""
+        return self.parallel.no_sync() if isinstance(self.parallel, DistributedDataParallel) else nullcontext()
+
     def forward(self, batch: Batch) -> Any:
         with self.autocast():
             return self.parallel(
@@ -174,7 +178,7 @@ class Trainer:
             batch = next(batches)
             seed_everything(config.seed, step, turn, self.rank)
             last = turn == config.accumulation - 1
-            with nullcontext() if last or self.ranks == 1 else self.parallel.no_sync():
+            with nullcontext() if last else self.alone():
                 out = self.forward(batch)
                 (out.loss / config.accumulation).backward()
             for i, loss in enumerate((out.loss, *(out.losses[name] for name in PARTS))):
@@ -275,8 +279,8 @@ class Trainer:
             step = int(self.progress["step"])
             if self.questions is not None and (step % config.evaluate_every == 0 or step == config.steps):
                 rows.append(self.evaluate())
-            for row in rows if self.log else ():
-                self.log.write(row)
+            if self.log:
+                self.log.write(rows)
             if step % config.save_every == 0 or step == config.steps:
                 self.save()
         if self.log:
