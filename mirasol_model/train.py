@@ -253,15 +253,19 @@ class Trainer:
         checkpoints.save(self.checkpoints, step, self.model, self.optimizer, self.progress, self.config.keep)
 
     def load(self) -> None:
-        """The last checkpoint, if there is one; the first time, write down the configuration."""
-        done, file, now = checkpoints.steps(self.checkpoints), self.folder / "config.json", self.config.to_dict()
-        if done:
-            if changed := differences(json.loads(file.read_text()), json.loads(json.dumps(now))):
-                raise ValueError(f"train: {self.folder} has a run of another configuration: {', '.join(changed)}")
+        """The last checkpoint, if there is one."""
+        if done := checkpoints.steps(self.checkpoints):
             checkpoints.load(self.checkpoints, done[-1], self.model, self.optimizer, self.progress)
+
+    def agree(self) -> None:
+        """The folder's run is of this configuration, which is written down the first time."""
+        file, now = self.folder / "config.json", json.dumps(self.config.to_dict(), indent=2)
+        if checkpoints.steps(self.checkpoints):
+            if changed := differences(json.loads(file.read_text()), json.loads(now)):
+                raise ValueError(f"train: {self.folder} has a run of another configuration: {', '.join(changed)}")
         elif checkpoints.first():
             self.folder.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(now, indent=2) + "\n")
+            file.write_text(now + "\n")
 
     def export(self) -> None:
         """<out>/model: what `Mirasol.from_pretrained` reads, and tokenizer.json."""
@@ -270,6 +274,7 @@ class Trainer:
 
     def run(self) -> None:
         config = self.config
+        self.agree()
         self.load()
         batches = self.batches()
         if checkpoints.first():
