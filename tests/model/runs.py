@@ -28,10 +28,11 @@ COLOURS = ("red", "green", "blue")
 
 
 class Colours(Dataset[Example]):
-    """Clips of one colour each, of two lengths, some without sound; every `bad`-th cannot be used."""
+    """Clips of one colour each, of two lengths, some without sound, with answers of different lengths, unless they are
+    to be `alike` in that; every `bad`-th cannot be used."""
 
-    def __init__(self, seed: int = 0, length: int = 12, bad: int = 0, frames: int = 8):
-        self.seed, self.length, self.bad, self.frames = seed, length, bad, frames
+    def __init__(self, seed: int = 0, length: int = 12, bad: int = 0, alike: bool = False):
+        self.seed, self.length, self.bad, self.alike = seed, length, bad, alike
 
     def __len__(self) -> int:
         return self.length
@@ -40,11 +41,12 @@ class Colours(Dataset[Example]):
         if self.bad and index % self.bad == self.bad - 1:
             raise BadExample(f"clip-{index}: no good")
         generator = torch.Generator().manual_seed(1000 * self.seed + index)
-        frames, colour = self.frames - 2 * (index % 2), index % 3
+        frames, colour = 8 if self.alike or index % 2 == 0 else 6, index % 3
         video = torch.randint(0, 60, (3, frames, 32, 32), generator=generator, dtype=torch.uint8)
         video[colour] += 180
-        audio = 0.1 * torch.randn(frames * 640, generator=generator) if index % 4 else None
-        return Example(video, audio, "which colour?", COLOURS[colour], "early" if index % 2 else "late")
+        audio = 0.1 * torch.randn(frames * 640, generator=generator) if self.alike or index % 4 else None
+        answer = COLOURS[colour][: 3 if self.alike else None]
+        return Example(video, audio, "which colour?", answer, "early" if index % 2 else "late")
 
 
 data.SOURCES["colours"] = lambda options, model: Colours(**options)

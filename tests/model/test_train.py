@@ -22,8 +22,8 @@ from mirasol_model.train_config import OptimizerConfig, TrainConfig
 from tests.model.runs import rows_of, write_config
 
 CPU = torch.device("cpu")
+MEASURED = ("loss", "latent", "video", "audio", "text", "norm")
 UNMASKED = {"preset": "tiny", "change": {"latent": {"mask_ratio": 0.0}}}
-EQUAL = {"train": {"frames": 8, "length": 12}}
 
 
 def trainer(path: Path) -> train.Trainer:
@@ -113,16 +113,19 @@ def test_a_checkpoint_is_everything(tmp_path):
 
 
 def test_accumulated_batches_are_one_batch(tmp_path):
-    """To rounding: the same clips, as many answers' tokens in each half."""
+    """To rounding: the same clips, as much to predict in each half."""
     rows = []
     for batch, accumulation in ((6, 1), (3, 2)):
-        path = write_config(tmp_path, batch=batch, accumulation=accumulation, model=UNMASKED, data=EQUAL)
+        path = write_config(
+            tmp_path, batch=batch, accumulation=accumulation, model=UNMASKED, data={"train": {"alike": True}}
+        )
         made = trainer(path)
         rows.append((made.step(made.batches()), [p.clone() for p in made.model.parameters()]))
     (one, after_one), (two, after_two) = rows
-    assert math.isclose(one["latent"], two["latent"], rel_tol=1e-4)
-    assert one["rate"] == two["rate"] and math.isclose(one["norm"], two["norm"], rel_tol=0.2)
-    assert all(torch.allclose(a, b, atol=2 * one["rate"]) for a, b in zip(after_one, after_two, strict=True))
+    assert one["rate"] == two["rate"] and all(math.isclose(one[name], two[name], rel_tol=1e-5) for name in MEASURED)
+    # The first step of AdamW is the rate times the sign of a gradient, of which some are hardly more than rounding.
+    close = [(a - b).abs() < 0.01 * one["rate"] for a, b in zip(after_one, after_two, strict=True)]
+    assert torch.cat([each.flatten() for each in close]).float().mean() > 0.99
 
 
 def test_the_rate_rises_and_falls():
@@ -224,14 +227,15 @@ def test_an_answer_must_be_right_to_its_end(tmp_path, monkeypatch):
 
 def test_two_processes_are_one_with_their_clips(tmp_path):
     """Under torchrun, gloo. Batches of 2 in two processes, and of 4 in one: the losses are equal to rounding."""
-    alike = {"model": UNMASKED, "data": {"train": {"length": 8}}, "steps": 3, "save_every": 2}
+    alike = {"model": UNMASKED, "data": {"train": {"length": 8, "alike": True}}, "steps": 3, "save_every": 2}
     one = run(tmp_path / "one", batch=4, **alike)
     path = write_config(tmp_path / "two", batch=2, **alike)
     program("torch.distributed.run", "--standalone", "--nproc-per-node=2", "--module", "tests.model.runs", str(path))
     two = rows_of(tmp_path / "two")
     assert [row["step"] for row in two] == [row["step"] for row in one]
     assert two[-1]["of"] == one[-1]["of"]
-    assert math.isclose(one[0]["latent"], two[0]["latent"], rel_tol=0.05)
+    assert all(math.isclose(one[0][name], two[0][name], rel_tol=1e-5) for name in MEASURED)
+    assert all(math.isclose(a["loss"], b["loss"], rel_tol=1e-3) for a, b in zip(one[:3], two[:3], strict=True))
     # What two processes saved, one goes on with.
     made = trainer(write_config(tmp_path / "two", batch=4, **alike))
     made.load()
