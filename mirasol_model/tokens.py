@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models
@@ -50,6 +50,15 @@ class Text:
         tokens = list(tokens)
         end = tokens.index(self.config.eos) if self.config.eos in tokens else len(tokens)
         return self.tokenizer.decode([token for token in tokens[:end] if token != self.config.pad])
+
+    def words_of(self, tokens: Iterable[int]) -> Iterator[str]:
+        """What an answer says, piece by piece as its tokens come: a piece ends where a character does."""
+        stream = decoders.DecodeStream(skip_special_tokens=False)
+        for token in tokens:
+            if token == self.config.eos:
+                return
+            if piece := stream.step(self.tokenizer, token):
+                yield piece
 
     def _tokens(self, words: str) -> list[int]:
         return self.tokenizer.encode(words, add_special_tokens=False).ids

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo  # every optimiser imports it: once here, not in each process
 from torch.utils.data import Dataset
 
 from mirasol_model import data, train

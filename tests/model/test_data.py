@@ -239,6 +239,7 @@ def test_bytes(words):
     tokens = text.answer(words)
     assert tokens == [3 + byte for byte in words.encode()] + [1]
     assert text.prompt(words) == [0, *tokens[:-1]]
+    assert "".join(text.words_of([*tokens, 65])) == words
     assert text.words([*tokens, 0, 0]) == text.words(tokens[:-1]) == words
 
 
