@@ -52,13 +52,21 @@ class Text:
         return self.tokenizer.decode([token for token in tokens[:end] if token != self.config.pad])
 
     def words_of(self, tokens: Iterable[int]) -> Iterator[str]:
-        """What an answer says, piece by piece as its tokens come: a piece ends where a character does."""
+        """What an answer says, piece by piece as its tokens come: a piece ends where a character does. In all that is
+        `words`, unless bytes are in it that are no UTF-8."""
         stream = decoders.DecodeStream(skip_special_tokens=False)
+        so_far: list[int] = []
+        said = ""
         for token in tokens:
             if token == self.config.eos:
-                return
+                break
+            so_far.append(token)
             if piece := stream.step(self.tokenizer, token):
+                said += piece
                 yield piece
+        whole = self.words(so_far)
+        if len(whole) > len(said) and whole.startswith(said):  # bytes at the end that are no character
+            yield whole[len(said) :]
 
     def _tokens(self, words: str) -> list[int]:
         return self.tokenizer.encode(words, add_special_tokens=False).ids

@@ -243,6 +243,16 @@ def test_bytes(words):
     assert text.words([*tokens, 0, 0]) == text.words(tokens[:-1]) == words
 
 
+def test_bytes_that_are_no_character():
+    text = Text(TINY.text)
+    assert (
+        list(text.words_of([3 + 0xC3, 3 + 0xC3]))
+        == [text.words([3 + 0xC3, 3 + 0xC3])]
+        == ["\N{REPLACEMENT CHARACTER}" * 2]
+    )
+    assert list(text.words_of([3 + 65, 3 + 0xC3])) == ["A"]
+
+
 def test_any_tokenizer(tmp_path):
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
