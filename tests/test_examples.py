@@ -13,6 +13,7 @@ pytest.importorskip("av", reason="PyAV reads the clips")
 pytest.importorskip("tensorboard", reason="runs are logged to TensorBoard")
 
 from mirasol_model import Mirasol, MirasolConfig
+from tests.model.media_files import write
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SAMPLE = str(EXAMPLES / "sample.mp4")
@@ -37,12 +38,13 @@ def test_ask(example, tmp_path):
     assert all(len(line) > len("one? ") for line in lines[1:])
 
 
-def test_live(example):
-    lines = example("live.py", SAMPLE, "--preset", "tiny", "--speed", "200", "--every", "40", "--window", "8")
+def test_live(example, tmp_path):
+    clip = str(write(tmp_path / "clip.mp4", frames=50, sound={"codec": "aac", "rate": 16_000}))
+    lines = example("live.py", clip, "--preset", "tiny", "--speed", "50", "--every", "3", "--window", "4")
     kept = [re.fullmatch(r" *([\d.]+) s, ([\d.]+) MB kept: What is heard\? .*", line) for line in lines[:-1]]
-    assert [match[1] for match in kept] == ["6.4", "12.8", "19.2", "25.6"]
-    assert len({match[2] for match in kept}) == 1
-    assert lines[-1].startswith("160 snippets, 640 frames; at most ")
+    assert [match[1] for match in kept] == ["0.5", "1.0", "1.4", "1.9"]
+    assert len({match[2] for match in kept[1:]}) == 1  # from four snippets on
+    assert lines[-1].startswith("12 snippets, 48 frames; at most ")
 
 
 def test_live_reads_what_the_whole_clip_is():
