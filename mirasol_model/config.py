@@ -8,33 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import types
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal
+
+from mirasol_model.fields import build, expect, positive, typed
 
 Triple = tuple[int, int, int]
 Kind = Literal["transformer", "ttm", "perceiver", "token_learner"]
 TubeSpec = tuple[Triple, Triple, Triple]  # kernel, stride, offset, each (frames, rows, columns)
 
 
-def _expect(condition: bool, name: str, expected: str, got: object) -> None:
-    if not condition:
-        raise ValueError(f"config: {name}: expected {expected}, got {got!r}")
-
-
-def _typed(part: str, owner: object) -> None:
-    for name, hint in get_type_hints(type(owner)).items():
-        _read(hint, getattr(owner, name), f"{part}.{name}")
-
-
-def _positive(part: str, owner: object, *names: str) -> None:
-    for name in names:
-        _expect(getattr(owner, name) >= 1, f"{part}.{name}", "an integer of at least 1", getattr(owner, name))
-
-
 def _heads(part: str, dim: int, heads: int) -> None:
-    _expect(dim % heads == 0, f"{part}.heads", f"a divisor of the width {dim}", heads)
-    _expect(dim // heads % 2 == 0, f"{part}.heads", f"an even head width (rotary pairs channels), width {dim}", heads)
+    expect(dim % heads == 0, f"{part}.heads", f"a divisor of the width {dim}", heads)
+    expect(dim // heads % 2 == 0, f"{part}.heads", f"an even head width (rotary pairs channels), width {dim}", heads)
 
 
 @dataclass(frozen=True)
@@ -46,12 +32,12 @@ class VideoConfig:
     tubes: tuple[TubeSpec, ...] | None = None  # ours: None picks the set that suits `frames`
 
     def __post_init__(self) -> None:
-        _typed("video", self)
-        _positive("video", self, "frames", "size")
+        typed("video", self)
+        positive("video", self, "frames", "size")
         for tube in self.tubes or ():
             fits = min(*tube[0], *tube[1]) >= 1 and min(tube[2]) >= 0
-            _expect(fits, "video.tubes", "kernels and strides of at least 1, offsets of at least 0", tube)
-        _expect(self.tubes != (), "video.tubes", "None or at least one tube", self.tubes)
+            expect(fits, "video.tubes", "kernels and strides of at least 1, offsets of at least 0", tube)
+        expect(self.tubes != (), "video.tubes", "None or at least one tube", self.tubes)
 
 
 @dataclass(frozen=True)
@@ -65,10 +51,10 @@ class AudioConfig:
     patch: int = 16  # second-hand: 16 x 16 patches
 
     def __post_init__(self) -> None:
-        _typed("audio", self)
-        _positive("audio", self, "sample_rate", "mel_bins", "patch")
-        _expect(0 < self.hop_ms <= self.window_ms, "audio.hop_ms", "0 < hop <= window", self.hop_ms)
-        _expect(self.mel_bins % self.patch == 0, "audio.mel_bins", f"a multiple of patch {self.patch}", self.mel_bins)
+        typed("audio", self)
+        positive("audio", self, "sample_rate", "mel_bins", "patch")
+        expect(0 < self.hop_ms <= self.window_ms, "audio.hop_ms", "0 < hop <= window", self.hop_ms)
+        expect(self.mel_bins % self.patch == 0, "audio.mel_bins", f"a multiple of patch {self.patch}", self.mel_bins)
 
 
 @dataclass(frozen=True)
@@ -81,8 +67,8 @@ class EncoderConfig:
     mlp_dim: int = 5120  # ours
 
     def __post_init__(self) -> None:
-        _typed("encoder", self)
-        _positive("encoder", self, "dim", "layers", "heads", "mlp_dim")
+        typed("encoder", self)
+        positive("encoder", self, "dim", "layers", "heads", "mlp_dim")
         _heads("encoder", self.dim, self.heads)
 
 
@@ -106,15 +92,15 @@ class CombinerConfig:
     processor: Literal["transformer", "mixer", "mlp"] = "transformer"  # second-hand: what the TTM computes with
 
     def __post_init__(self) -> None:
-        _typed("combiner", self)
-        _positive("combiner", self, "tokens", "layers", "heads", "mlp_dim", "memory", "bottleneck")
-        _expect(
+        typed("combiner", self)
+        positive("combiner", self, "tokens", "layers", "heads", "mlp_dim", "memory", "bottleneck")
+        expect(
             self.context == "current" or self.kind == "transformer",
             "combiner.context",
             f"'current' for kind {self.kind!r} (only the transformer attends over snippets)",
             self.context,
         )
-        _expect(
+        expect(
             self.window is None or (self.window >= 1 and self.context == "all"),
             "combiner.window",
             "None, or at least 1 together with context 'all'",
@@ -134,12 +120,12 @@ class LatentConfig:
     mask_ratio: float = 0.15  # ours: share of x replaced by a learned token in training (paper: "randomly masked")
 
     def __post_init__(self) -> None:
-        _typed("latent", self)
-        _positive("latent", self, "layers", "heads", "mlp_dim")
-        _expect(self.window is None or self.window >= 1, "latent.window", "None or at least 1", self.window)
-        _expect(self.sink >= 0, "latent.sink", "0 or more", self.sink)
-        _expect(self.window is not None or self.sink == 0, "latent.sink", "0 where there is no window", self.sink)
-        _expect(0.0 <= self.mask_ratio < 1.0, "latent.mask_ratio", "a share in [0, 1)", self.mask_ratio)
+        typed("latent", self)
+        positive("latent", self, "layers", "heads", "mlp_dim")
+        expect(self.window is None or self.window >= 1, "latent.window", "None or at least 1", self.window)
+        expect(self.sink >= 0, "latent.sink", "0 or more", self.sink)
+        expect(self.window is not None or self.sink == 0, "latent.sink", "0 where there is no window", self.sink)
+        expect(0.0 <= self.mask_ratio < 1.0, "latent.mask_ratio", "a share in [0, 1)", self.mask_ratio)
 
 
 @dataclass(frozen=True)
@@ -155,12 +141,12 @@ class TextConfig:
     eos: int = 1  # ours: ends a generated answer
 
     def __post_init__(self) -> None:
-        _typed("text", self)
-        _positive("text", self, "vocabulary", "dim", "layers", "heads", "mlp_dim")
+        typed("text", self)
+        positive("text", self, "vocabulary", "dim", "layers", "heads", "mlp_dim")
         _heads("text", self.dim, self.heads)
         for name in ("pad", "eos"):
             token = getattr(self, name)
-            _expect(0 <= token < self.vocabulary, f"text.{name}", f"a token below {self.vocabulary}", token)
+            expect(0 <= token < self.vocabulary, f"text.{name}", f"a token below {self.vocabulary}", token)
 
 
 @dataclass(frozen=True)
@@ -180,14 +166,14 @@ class LossConfig:
     audio_patch: tuple[int, int] = (4, 16)  # ours
 
     def __post_init__(self) -> None:
-        _typed("losses", self)
-        _positive("losses", self, "layers", "heads", "mlp_dim")
+        typed("losses", self)
+        positive("losses", self, "layers", "heads", "mlp_dim")
         for name in ("latent", "reconstruction", "text"):
-            _expect(getattr(self, name) >= 0, f"losses.{name}", "a weight of at least 0", getattr(self, name))
+            expect(getattr(self, name) >= 0, f"losses.{name}", "a weight of at least 0", getattr(self, name))
         for name in ("video", "audio"):
             size, patch = getattr(self, f"{name}_size"), getattr(self, f"{name}_patch")
             fits = min(*size, *patch) >= 1 and all(s % p == 0 for s, p in zip(size, patch, strict=True))
-            _expect(fits, f"losses.{name}_patch", f"divisors of {name}_size {size}", patch)
+            expect(fits, f"losses.{name}_patch", f"divisors of {name}_size {size}", patch)
 
 
 @dataclass(frozen=True)
@@ -204,13 +190,13 @@ class MirasolConfig:
     recompute: Literal["none", "snippet"] = "none"  # ours: "snippet" keeps no activation of encoders and Combiner
 
     def __post_init__(self) -> None:
-        _expect(self.recompute in ("none", "snippet"), "recompute", "'none' or 'snippet'", self.recompute)
+        expect(self.recompute in ("none", "snippet"), "recompute", "'none' or 'snippet'", self.recompute)
         dim = self.encoder.dim
         for part in ("combiner", "latent", "losses"):
             _heads(part, dim, getattr(self, part).heads)
         frames = self.losses.video_size[0]
-        _expect(frames <= self.video.frames, "losses.video_size", f"at most video.frames {self.video.frames}", frames)
-        _expect(
+        expect(frames <= self.video.frames, "losses.video_size", f"at most video.frames {self.video.frames}", frames)
+        expect(
             self.losses.audio_size[1] <= self.audio.mel_bins,
             "losses.audio_size",
             "at most audio.mel_bins",
@@ -242,7 +228,7 @@ class MirasolConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> MirasolConfig:
         """The inverse of `to_dict`; parts and fields left out keep their defaults, unknown ones are an error."""
-        return _build(cls, values, "")
+        return build(cls, values, "")
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2) + "\n"
@@ -262,37 +248,6 @@ def _flat(values: dict[str, Any]) -> dict[str, Any]:
         for part, fields in values.items()
         for name, value in (fields.items() if isinstance(fields, dict) else [(part, fields)])
     }
-
-
-def _build(cls: type, values: object, path: str) -> Any:
-    if not isinstance(values, dict):
-        raise TypeError(f"config: {path or 'the whole'}: expected a mapping, got {type(values).__name__}")
-    hints = get_type_hints(cls)
-    if unknown := sorted(set(values) - set(hints)):
-        raise ValueError(f"config: {path or 'the whole'}: expected only {', '.join(hints)}, got {', '.join(unknown)}")
-    dot = f"{path}." if path else ""
-    return cls(**{name: _read(hints[name], value, dot + name) for name, value in values.items()})
-
-
-def _read(hint: Any, value: object, path: str) -> Any:
-    """`value` as the annotated type: a mapping becomes a part, a list a tuple, and a whole number serves as a float."""
-    origin, choices = get_origin(hint), get_args(hint)
-    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-        return value if isinstance(value, hint) else _build(hint, value, path)
-    if origin in (Union, types.UnionType):
-        return None if value is None else _read(next(c for c in choices if c is not type(None)), value, path)
-    if origin is Literal and value in choices:
-        return value
-    if origin is tuple and isinstance(value, list | tuple):
-        inner = [choices[0]] * len(value) if choices[-1] is ... else list(choices)
-        if len(inner) == len(value):
-            return tuple(_read(h, v, path) for h, v in zip(inner, value, strict=True))
-    if hint is float and isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
-    if hint is int and isinstance(value, int) and not isinstance(value, bool):
-        return value
-    expected = f"one of {choices}" if origin is Literal else hint.__name__ if hint in (int, float) else hint
-    raise TypeError(f"config: {path}: expected {expected}, got {value!r}")
 
 
 BYTES = 320  # pad, eos, unknown and 256 bytes, rounded up to a multiple of 64

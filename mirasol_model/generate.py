@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,23 @@ from mirasol_model.text import Memory, TextCache, TextDecoder
 
 
 @torch.no_grad()
-def generate(
+def generate(decoder: TextDecoder, memory: Memory, prompt: Tensor, max_new_tokens: int = 32, **sampling: Any) -> Tensor:
+    """prompt (Q, L) int64 -> the tokens that follow (Q, <= max_new_tokens), `pad` after a row's last.
+
+    Arguments and errors as `generate_tokens`.
+    """
+    every = generate_tokens(decoder, memory, prompt, max_new_tokens, **sampling)  # which checks the arguments
+    rows = len(prompt)
+    answer = prompt.new_full((rows, max_new_tokens), decoder.config.pad)
+    row, length = torch.arange(rows, device=prompt.device), torch.zeros(rows, dtype=torch.int64, device=prompt.device)
+    for tokens in every:
+        said = tokens >= 0
+        answer[row[said], length[said]] = tokens[said]
+        length += said
+    return answer[:, : int(length.max())]
+
+
+def generate_tokens(
     decoder: TextDecoder,
     memory: Memory,
     prompt: Tensor,
@@ -22,14 +39,16 @@ def generate(
     top_p: float | None = None,
     *,
     prompt_lengths: Sequence[int] | Tensor | None = None,
+    stop: Sequence[int] = (),
     generator: torch.Generator | None = None,
-) -> Tensor:
-    """prompt (Q, L) int64 -> the tokens that follow (Q, <= max_new_tokens), `pad` after a row's `eos`.
+) -> Iterator[Tensor]:
+    """prompt (Q, L) int64 -> the tokens that follow as they come, (Q,) at a time; -1 for a row that says nothing then,
+    because its prompt goes on or its answer has ended.
 
     The clip has Q rows, or one, and then all prompts are about it. prompt_lengths (Q,): where prompts differ in length,
     they are padded behind. temperature 0 takes the likeliest token; else tokens are drawn, from the top_k likeliest if
-    given, and from the fewest likeliest whose probabilities reach top_p if given. ValueError or TypeError names the
-    argument that is not so.
+    given, and from the fewest likeliest whose probabilities reach top_p if given. An answer ends with `eos` or a token
+    of `stop`, or after max_new_tokens. ValueError or TypeError names the argument that is not so, at once.
     """
     check_text("generate", "prompt", prompt, None, decoder.config.vocabulary)
     rows, longest = prompt.shape
@@ -44,29 +63,32 @@ def generate(
         raise ValueError(f"generate: top_k: expected None or at least 1, got {top_k}")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"generate: top_p: expected None or a share in (0, 1], got {top_p}")
-    device, eos = prompt.device, decoder.config.eos
+    if not all(0 <= token < decoder.config.vocabulary for token in stop):
+        raise ValueError(f"generate: stop: expected tokens 0 .. {decoder.config.vocabulary - 1}, got {list(stop)}")
+    device = prompt.device
     lengths = torch.as_tensor([longest] * rows if prompt_lengths is None else prompt_lengths, device=device)
     if lengths.shape != (rows,) or not bool(((lengths >= 1) & (lengths <= longest)).all()):
         raise ValueError(f"generate: prompt_lengths: expected ({rows},) of 1 .. {longest}, got {lengths.tolist()}")
+    ends = torch.tensor([decoder.config.eos, *stop], device=device)
 
-    start = int(lengths.min())
-    cache = TextCache(decoder, rows, longest + max_new_tokens, decoder.embed.weight)
-    logits = decoder(prompt[:, :start], memory.expand(rows), cache)[:, -1]  # (Q, vocabulary)
-    answer = prompt.new_full((rows, max_new_tokens), decoder.config.pad)
-    row = torch.arange(rows, device=device)
-    done = torch.zeros(rows, dtype=torch.bool, device=device)
-    for position in range(start, longest + max_new_tokens):
-        drawn = pick(logits, temperature, top_k, top_p, generator)
-        asking = position < lengths  # rows whose prompt goes on
-        place = (position - lengths).clamp(0, max_new_tokens - 1)
-        writes = ~asking & ~done
-        answer[row[writes], place[writes]] = drawn[writes]
-        done |= writes & ((drawn == eos) | (place == max_new_tokens - 1))
-        if bool(done.all()):
-            break
-        token = torch.where(asking, prompt[:, min(position, longest - 1)], drawn)
-        logits = decoder(token[:, None], memory.expand(rows), cache)[:, -1]
-    return answer[:, : min(position + 1 - start, max_new_tokens)]
+    @torch.no_grad()
+    def tokens() -> Iterator[Tensor]:
+        start = int(lengths.min())
+        cache = TextCache(decoder, rows, longest + max_new_tokens, decoder.embed.weight)
+        logits = decoder(prompt[:, :start], memory.expand(rows), cache)[:, -1]  # (Q, vocabulary)
+        done = torch.zeros(rows, dtype=torch.bool, device=device)
+        for position in range(start, longest + max_new_tokens):
+            drawn = pick(logits, temperature, top_k, top_p, generator)
+            asking = position < lengths  # rows whose prompt goes on
+            says = ~asking & ~done
+            yield drawn.where(says, -1)
+            done |= says & (torch.isin(drawn, ends) | (position - lengths == max_new_tokens - 1))
+            if bool(done.all()):
+                return
+            token = torch.where(asking, prompt[:, min(position, longest - 1)], drawn)
+            logits = decoder(token[:, None], memory.expand(rows), cache)[:, -1]
+
+    return tokens()
 
 
 def pick(

@@ -28,12 +28,21 @@ class Clip(NamedTuple):
     fps: float  # frames per second, constant
 
 
-def read_clip(path: str | os.PathLike, *, frames: int, fps: float | None = None, size: int, sample_rate: int) -> Clip:
+def read_clip(
+    path: str | os.PathLike,
+    *,
+    frames: int,
+    least: int | None = None,
+    fps: float | None = None,
+    size: int,
+    sample_rate: int,
+) -> Clip:
     """The first `frames` frames of a video file, and the sound of exactly their time.
 
-    frames: how many. fps: frames per second; frame i is what a player shows i/fps seconds after the first one (the
-    nearest earlier frame of the file). None takes every frame of the file in the order shown, at the file's own rate;
-    where that puts one more than a frame off its time (variable frame rate), at the mean rate of these frames.
+    frames: how many; of a shorter file all, if it has at least `least` (by default it must have all of them).
+    fps: frames per second; frame i is what a player shows i/fps seconds after the first one (the nearest earlier frame
+    of the file). None takes every frame of the file in the order shown, at the file's own rate; where that puts one
+    more than a frame off its time (variable frame rate), at the mean rate of these frames.
     size: side of the square in pixels; the centre of the upright picture is cut out and resized.
     sample_rate: samples per second of the sound, mixed to mono (the mean of its channels).
 
@@ -45,9 +54,12 @@ def read_clip(path: str | os.PathLike, *, frames: int, fps: float | None = None,
     for what is not a video, cannot be decoded, or has fewer frames (frames are never repeated to fill up a clip).
     Reads no further than it needs and holds no more than the clip.
     """
-    for name, value in (("frames", frames), ("size", size), ("sample_rate", sample_rate)):
+    least = frames if least is None else least
+    for name, value in (("frames", frames), ("least", least), ("size", size), ("sample_rate", sample_rate)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"read_clip: {name}: expected a positive int, got {value!r}")
+    if least > frames:
+        raise ValueError(f"read_clip: least: expected at most frames {frames}, got {least}")
     if fps is not None and not 0 < fps < float("inf"):
         raise ValueError(f"read_clip: fps: expected a positive number or None, got {fps!r}")
     name = os.fsdecode(path)
@@ -65,10 +77,10 @@ def read_clip(path: str | os.PathLike, *, frames: int, fps: float | None = None,
                 has = "only sound" if container.streams.audio else "and no sound; is it damaged?"
                 raise MediaError(f"{name}: no video in this file, {has}")
             wanted = None if fps is None else Fraction(fps)
-            video, start, rate = _read_video(container, stream, name, frames, wanted, size)
+            video, start, rate = _read_video(container, stream, name, frames, least, wanted, size)
         with _opened(file, name) as container:
             stream = _stream(container, "audio", name)
-            audio = stream and _read_audio(container, stream, start, start + frames / rate, sample_rate)
+            audio = stream and _read_audio(container, stream, start, start + video.shape[1] / rate, sample_rate)
     return Clip(video, audio, float(rate))
 
 
@@ -123,9 +135,9 @@ def _decoded(container: Any, stream: Any) -> Iterator[Any]:
 
 
 def _read_video(
-    container: Any, stream: Any, name: str, count: int, fps: Fraction | None, size: int
+    container: Any, stream: Any, name: str, count: int, least: int, fps: Fraction | None, size: int
 ) -> tuple[torch.Tensor, Fraction, Fraction]:
-    """-> video (3, count, size, size), time of its first frame in seconds, frames per second."""
+    """-> video (3, least .. count, size, size), time of its first frame in seconds, frames per second."""
     stream.thread_type = "AUTO"
     nominal = Fraction(stream.average_rate or stream.guessed_rate or 25)
     # Two time stamps, each rounded to the clock of the container, may disagree by one tick about the same moment. A
@@ -150,10 +162,11 @@ def _read_video(
         if held is not None:
             _show(pictures, held, until=end, start=times[0], tick=tick, fps=fps, count=count)
             times.append(end)
-    if len(pictures) < count:
+    if len(pictures) < least:
         at = f" at {float(fps):g} frames per second" if fps else ""
         have = f"only {len(pictures)} frames{at}" if pictures else "no frame that can be decoded"
-        raise MediaError(f"{name}: {have}, expected {count}")
+        raise MediaError(f"{name}: {have}, expected {least}")
+    count = len(pictures)
 
     if fps is None:
         steady = all(abs(times[i] - times[0] - i / nominal) <= 1 / nominal for i in range(count))

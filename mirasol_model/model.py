@@ -10,7 +10,7 @@ may be missing and clips of a batch may differ in length: what is not there is p
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -134,6 +134,14 @@ class Mirasol(nn.Module, PyTorchModelHubMixin, library_name="mirasol-kernels", l
         otherwise there is one for each. Sampling, padding and errors as in `mirasol_model.generate.generate`."""
         memory = self.text.remember(encoded.latents, encoded.age)
         return generate.generate(self.text, memory, prompt, max_new_tokens, **sampling)
+
+    @torch.no_grad()
+    def answer_tokens(
+        self, encoded: Encoded, prompt: Tensor, max_new_tokens: int = 32, **sampling: Any
+    ) -> Iterator[Tensor]:
+        """`answer`, token by token as they come: see `mirasol_model.generate.generate_tokens`."""
+        memory = self.text.remember(encoded.latents, encoded.age)
+        return generate.generate_tokens(self.text, memory, prompt, max_new_tokens, **sampling)
 
     @torch.no_grad()
     def generate(

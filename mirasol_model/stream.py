@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from mirasol_model.combiner import Past
-from mirasol_model.generate import generate
+from mirasol_model.generate import generate, generate_tokens
 from mirasol_model.inputs import read_clips
+from mirasol_model.text import Memory
 
 if TYPE_CHECKING:
     from mirasol_model.model import Mirasol
@@ -161,10 +162,17 @@ class Stream:
     @torch.no_grad()
     def generate(self, prompt: Tensor, max_new_tokens: int = 32, **sampling: Any) -> Tensor:
         """Ask about what was seen so far. Arguments and errors as `mirasol_model.generate.generate`."""
+        return generate(self.model.text, self._memory(), prompt, max_new_tokens, **sampling)
+
+    @torch.no_grad()
+    def generate_tokens(self, prompt: Tensor, max_new_tokens: int = 32, **sampling: Any) -> Iterator[Tensor]:
+        """`generate`, token by token as they come: see `mirasol_model.generate.generate_tokens`."""
+        return generate_tokens(self.model.text, self._memory(), prompt, max_new_tokens, **sampling)
+
+    def _memory(self) -> Memory:
         if not self.seen:
             raise ValueError("stream.generate: expected a snippet to be pushed first, got none")
         kept = [*self._first, *self._last]
         ages = [*range(self.seen, self.seen - len(self._first), -1), *range(len(self._last), 0, -1)]
         age = np.tile(np.array(ages), (len(kept[0]), 1))  # (B, kept)
-        memory = self.model.text.remember(torch.stack(kept, dim=1), age)
-        return generate(self.model.text, memory, prompt, max_new_tokens, **sampling)
+        return self.model.text.remember(torch.stack(kept, dim=1), age)

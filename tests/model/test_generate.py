@@ -74,6 +74,39 @@ def test_an_answer_ends_with_eos():
     assert (answer[0, end + 1 :] == 0).all()
 
 
+def test_tokens_come_one_by_one():
+    """As they are in the answer; -1 where a longer prompt goes on, and after the end."""
+    made = model()
+    encoded = made.encode(*clip(8, 3))
+    prompt, lengths = words(3, 7), [7, 2, 4]
+    answer = made.answer(encoded, prompt, 9, prompt_lengths=lengths)
+    tokens = torch.stack(list(made.answer_tokens(encoded, prompt, 9, prompt_lengths=lengths)), dim=1)
+    for b, length in enumerate(lengths):
+        begin = length - min(lengths)
+        assert (tokens[b, :begin] == -1).all()
+        said = tokens[b][tokens[b] >= 0]
+        assert torch.equal(said, answer[b, : len(said)]) and (answer[b, len(said) :] == 0).all()
+        assert torch.equal(tokens[b, begin : begin + len(said)], said)
+    first = next(made.answer_tokens(encoded, prompt, 9, prompt_lengths=lengths))
+    assert first.tolist() == [-1, answer[1, 0].item(), -1]
+    with pytest.raises(ValueError, match="generate: max_new_tokens: expected at least 1, got 0"):
+        made.answer_tokens(encoded, prompt, 0)
+
+    stream = made.stream(window=2)
+    for part in parts(*clip(8, 3), 8):
+        stream.push(*part)
+    asked = stream.generate(prompt, 5)
+    assert torch.equal(torch.stack(list(stream.generate_tokens(prompt, 5)), dim=1).clamp(min=0), asked)
+
+
+def test_stop_tokens_end_an_answer():
+    made = model()
+    encoded, prompt = made.encode(*clip(8)), words(1)
+    plain = made.answer(encoded, prompt, 8)[0].tolist()
+    end = next(i for i, token in enumerate(plain) if token not in plain[:i] and i > 0)
+    assert made.answer(encoded, prompt, 8, stop=[plain[end], 319])[0].tolist() == plain[: end + 1]
+
+
 def test_sampling():
     logits = torch.tensor([[0.0, 1.0, 2.0, 3.0]]).log_softmax(-1)
     generator = torch.Generator().manual_seed(0)
@@ -114,6 +147,7 @@ def test_sampling_is_reproducible_and_stays_in_the_vocabulary():
         ({"top_k": 0}, ValueError, "generate: top_k: expected None or at least 1, got 0"),
         ({"top_p": 0.0}, ValueError, r"generate: top_p: expected None or a share in \(0, 1\], got 0.0"),
         ({"prompt_lengths": [6]}, ValueError, r"generate: prompt_lengths: expected \(2,\) of 1 .. 6, got \[6\]"),
+        ({"stop": [320]}, ValueError, r"generate: stop: expected tokens 0 .. 319, got \[320\]"),
         ({"prompt_lengths": [0, 6]}, ValueError, r"prompt_lengths: expected \(2,\) of 1 .. 6, got \[0, 6\]"),
     ],
 )

@@ -1,0 +1,324 @@
+"""Train a model: python -m mirasol_model.train --config FILE (see `mirasol_model.train_config`).
+
+The run goes on from its last checkpoint, if there is one in its folder, exactly as if it had never stopped: model and
+optimiser come from there, the learning rate, the order of the data and all random numbers are functions of the step.
+Under torchrun the processes share the work (DDP).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import random
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from mirasol_model import Mirasol, MirasolConfig, checkpoints
+from mirasol_model.data import Attempts, BadExample, Batch, Collate, Order, open_data
+from mirasol_model.run_log import RunLog, plot
+from mirasol_model.tokens import Text
+from mirasol_model.train_config import OptimizerConfig, TrainConfig, differences
+
+PARTS = ("latent", "video", "audio", "text")
+
+
+def build_model(config: TrainConfig) -> Mirasol:
+    seed_everything(config.seed)
+    wanted = config.model.config(config.phase)
+    if config.model.start is not None:
+        return Mirasol.from_pretrained(config.model.start, config=wanted)
+    return Mirasol(wanted)
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW over all parameters, with its moments there from the beginning, so that every checkpoint has the same
+    entries, also of parameters that the data so far had no use for."""
+    wide, flat = ([p for p in model.parameters() if (p.ndim > 1) == matrix] for matrix in (True, False))
+    groups = [{"params": wide, "weight_decay": config.weight_decay}, {"params": flat, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=config.betas)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()  # at rate 0 nothing changes
+    optimizer.zero_grad()
+    for state in optimizer.state.values():
+        state["step"].zero_()
+    return optimizer
+
+
+def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
+    """Of step 1 .. steps: a linear rise, then half a cosine."""
+    if step <= config.warmup:
+        return config.rate * step / config.warmup
+    done = (step - config.warmup) / max(steps - config.warmup, 1)
+    return config.rate * (config.final + (1 - config.final) * (1 + math.cos(math.pi * done)) / 2)
+
+
+def seed_everything(*numbers: int) -> None:
+    """Python, NumPy and torch begin anew from these numbers: what is random is a function of them."""
+    seed = int(np.random.SeedSequence(numbers).generate_state(1)[0])
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+class Trainer:
+    """A run between two steps: `step`, `evaluate`, `save` and `load` are what there is to do; `run` does it all.
+
+    `model` has the parameters, `parallel` is what is called in training: the model, or what wraps it.
+    """
+
+    def __init__(self, config: TrainConfig, device: torch.device):
+        self.config, self.device = config, device
+        self.rank, self.ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.folder = Path(config.out)
+        model_config: MirasolConfig = config.model.config(config.phase)
+        self.text = Text(model_config.text, config.model.tokenizer)
+        data = config.data
+        self.examples = Attempts(open_data(data.kind, data.train, model_config), replace=True)
+        self.questions: Dataset | None = None
+        if data.evaluate is not None:
+            self.questions = Attempts(open_data(data.kind, data.evaluate, model_config), replace=False)
+        self.model = build_model(config).to(device).train()
+        self.parallel = self.wrap(self.model)
+        self.optimizer = build_optimizer(self.model, config.optimizer)
+        self.bfloat16 = device.type != "cpu" if config.bfloat16 is None else config.bfloat16
+        self.progress = {name: torch.zeros((), dtype=torch.int64) for name in ("step", "examples", "skipped")}
+        self.warned: set[str] = set()
+        self.log: RunLog | None = None
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        if self.ranks == 1:
+            return model
+        devices = None if self.device.type == "cpu" else [self.device]
+        # Clips without sound leave parameters without a gradient, and not on every process at once.
+        return DistributedDataParallel(model, device_ids=devices, find_unused_parameters=True)
+
+    # ------------------------------------------------------------------------------------------------------- data
+
+    def loader(self, examples: Dataset, **order: Any) -> DataLoader:
+        workers = self.config.data.workers
+        return DataLoader(
+            examples,
+            num_workers=workers,
+            timeout=self.config.data.timeout if workers else 0,
+            collate_fn=Collate(self.text, predict_prompts=self.config.phase == "pretrain"),
+            pin_memory=self.device.type == "cuda",
+            **order,
+        )
+
+    def batches(self) -> Iterator[Batch]:
+        """Of this process, from where the run stands."""
+        ours = {"rank": self.rank, "ranks": self.ranks, "start": int(self.progress["examples"])}
+        order = Order(len(self.examples), self.config.batch, self.config.seed, **ours)
+        for batch, skipped in self.loader(self.examples, batch_sampler=order):
+            self.skip(skipped)
+            if batch is None or len(batch.frames) < self.config.batch:
+                raise BadExample(f"data: no example that can be used among {len(skipped)}; the last: {skipped[-1]}")
+            yield batch.to(self.device)
+
+    def skip(self, reasons: Sequence[str]) -> None:
+        """Count what was not used and warn of each once, or stop, as the configuration says."""
+        if reasons and self.config.data.bad == "stop":
+            raise BadExample(f"data: {reasons[0]}")
+        self.progress["skipped"] += len(reasons)
+        for reason in reasons:
+            if reason not in self.warned:
+                self.warned.add(reason)
+                self.say(f"warning: skipped, {len(self.warned)} so far: {reason}")
+
+    def say(self, line: str) -> None:
+        if self.log:
+            self.log.say(line)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+    # --------------------------------------------------------------------------------------------------- training
+
+    def autocast(self) -> AbstractContextManager:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16)
+
+    def alone(self) -> AbstractContextManager:
+        """Gradients stay with their process: more are to come before the step."""
+        return self.parallel.no_sync() if isinstance(self.parallel, DistributedDataParallel) else nullcontext()
+
+    def forward(self, batch: Batch) -> Any:
+        with self.autocast():
+            return self.parallel(
+                batch.video,
+                batch.audio,
+                batch.text,
+                labels=batch.labels,
+                frames=batch.frames,
+                has_audio=batch.has_audio,
+            )
+
+    def step(self, batches: Iterator[Batch]) -> dict[str, Any]:
+        """One step of the optimiser -> its row of the log."""
+        begin, config = time.perf_counter(), self.config
+        step = int(self.progress["step"]) + 1
+        rate = learning_rate(config.optimizer, step, config.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        parts = torch.zeros(2, 1 + len(PARTS), dtype=torch.float64, device=self.device)  # sums, and of how many
+        for turn in range(config.accumulation):
+            batch = next(batches)
+            seed_everything(config.seed, step, turn, self.rank)
+            last = turn == config.accumulation - 1
+            with nullcontext() if last else self.alone():
+                out = self.forward(batch)
+                (out.loss / config.accumulation).backward()
+            for i, loss in enumerate((out.loss, *(out.losses[name] for name in PARTS))):
+                if loss is not None:
+                    parts[:, i] += torch.stack([loss.detach().double(), parts.new_ones(())])
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.optimizer.clip)
+        if not norm.isfinite():
+            raise FloatingPointError(f"train: the gradients of step {step} are not finite")
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.progress["step"] += 1
+        self.progress["examples"] += config.batch * config.accumulation * self.ranks
+        if self.ranks > 1:
+            dist.all_reduce(parts)
+        means = [total / n if n else None for total, n in parts.T.tolist()]
+        seconds = {"seconds": round(time.perf_counter() - begin, 4)}
+        return {"step": step, **dict(zip(("loss", *PARTS), means, strict=True)), "norm": norm.item(), "rate": rate} | (
+            {"skipped": int(self.progress["skipped"])} | seconds
+        )
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, Any]:
+        """Greedy answers to all questions -> {"exact": share that is right to the letter, by kind and in all, "of":
+        how many there were}."""
+        assert self.questions is not None
+        right: Counter[str] = Counter()
+        asked: Counter[str] = Counter()
+        mine = Subset(self.questions, range(self.rank, len(self.questions), self.ranks))  # type: ignore[arg-type]
+        self.model.eval()
+        for batch, skipped in self.loader(mine, batch_size=self.config.batch):
+            self.skip(skipped)
+            if batch is not None:
+                for kind, given, answer in zip(batch.kinds, self.answers(batch), batch.answers, strict=True):
+                    for name in {kind or "all", "all"}:
+                        asked[name] += 1
+                        right[name] += given == answer
+        self.model.train()
+        if self.ranks > 1:
+            every: list[Any] = [None] * self.ranks
+            dist.all_gather_object(every, (right, asked))
+            right, asked = (sum((pair[i] for pair in every), Counter()) for i in (0, 1))
+        exact = {kind: right[kind] / asked[kind] for kind in sorted(asked)}
+        return {"step": int(self.progress["step"]), "exact": exact, "of": {kind: asked[kind] for kind in sorted(asked)}}
+
+    def answers(self, batch: Batch) -> list[str]:
+        batch = batch.to(self.device)
+        longest = max(len(self.text.answer(answer)) for answer in batch.answers)
+        with self.autocast():
+            tokens = self.model.generate(
+                batch.video,
+                batch.audio,
+                batch.prompt,
+                longest,
+                frames=batch.frames,
+                has_audio=batch.has_audio,
+                prompt_lengths=batch.prompt_lengths,
+            )
+        # An answer that goes on where the right one ends is wrong, though its first words are right.
+        eos = self.model.config.text.eos
+        return [self.text.words(row) if eos in row else "" for row in tokens.tolist()]
+
+    # ------------------------------------------------------------------------------------------------ checkpoints
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    def save(self) -> None:
+        if self.log:
+            self.log.sync()
+        step = int(self.progress["step"])
+        checkpoints.save(self.checkpoints, step, self.model, self.optimizer, self.progress, self.config.keep)
+
+    def load(self) -> None:
+        """The last checkpoint, if there is one."""
+        if done := checkpoints.steps(self.checkpoints):
+            checkpoints.load(self.checkpoints, done[-1], self.model, self.optimizer, self.progress)
+
+    def agree(self) -> None:
+        """The folder's run is of this configuration, which is written down the first time."""
+        file, now = self.folder / "config.json", json.dumps(self.config.to_dict(), indent=2)
+        if checkpoints.steps(self.checkpoints):
+            if changed := differences(json.loads(file.read_text()), json.loads(now)):
+                raise ValueError(f"train: {self.folder} has a run of another configuration: {', '.join(changed)}")
+        elif checkpoints.first():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            file.write_text(now + "\n")
+
+    def export(self) -> None:
+        """<out>/model: what `Mirasol.from_pretrained` reads, and tokenizer.json."""
+        self.model.save_pretrained(self.folder / "model")
+        self.text.tokenizer.save(str(self.folder / "model" / "tokenizer.json"))
+
+    def run(self) -> None:
+        config = self.config
+        self.agree()
+        self.load()
+        batches = self.batches()
+        if checkpoints.first():
+            self.log = RunLog(self.folder, int(self.progress["step"]), config.steps)
+        while int(self.progress["step"]) < config.steps:
+            rows = [self.step(batches)]
+            step = int(self.progress["step"])
+            if self.questions is not None and (step % config.evaluate_every == 0 or step == config.steps):
+                rows.append(self.evaluate())
+            if self.log:
+                self.log.write(rows)
+            if step % config.save_every == 0 or step == config.steps:
+                self.save()
+        if self.log:
+            self.export()
+            self.log.close()
+            plot(self.folder)
+
+
+@contextmanager
+def processes() -> Iterator[torch.device]:
+    """-> the device of this process; under torchrun, in its group."""
+    cuda, local = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if "RANK" not in os.environ:
+        yield device
+        return
+    dist.init_process_group("nccl" if cuda else "gloo")
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m mirasol_model.train", description="Train a Mirasol model.")
+    parser.add_argument("--config", type=Path, required=True, help="JSON or TOML: mirasol_model/train_config.py")
+    config = TrainConfig.load(parser.parse_args(arguments).config)
+    with processes() as device:
+        Trainer(config, device).run()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,276 @@
+"""Folders of clips, batches of clips that differ, the order of the data, and text as tokens."""
+
+from __future__ import annotations
+
+import json
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import Dataset
+
+pytest.importorskip("av", reason="PyAV writes and reads the clips")
+
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+
+from mirasol_model import MirasolConfig
+from mirasol_model.data import (
+    MOST_BAD,
+    Attempts,
+    BadExample,
+    ClipFolder,
+    Collate,
+    Example,
+    Order,
+    open_data,
+    stack_audio,
+    stack_video,
+)
+from mirasol_model.media import MediaError, read_clip
+from mirasol_model.tokens import Text, byte_tokenizer
+from tests.model.clips import SAMPLES_PER_FRAME, clip, model
+from tests.model.media_files import indices, write
+from tests.numerics import assert_close_fp64
+
+TINY = MirasolConfig.preset("tiny")
+SOUND = {"codec": "aac", "rate": 16_000}
+GOOD = {"clip": "long.mp4", "prompt": "what?", "answer": "a pattern", "kind": "picture"}
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory) -> Path:
+    """Two good clips, of 40 and of 20 frames, the second without sound; and files that are none."""
+    folder = tmp_path_factory.mktemp("clips")
+    write(folder / "long.mp4", sound=SOUND)
+    write(folder / "short.mp4", frames=20)
+    (folder / "corrupt.mp4").write_bytes((folder / "long.mp4").read_bytes()[:5000])
+    (folder / "empty.mp4").touch()
+    return folder
+
+
+def folder_of(clips: Path, *lines, **options) -> ClipFolder:
+    file = clips / "prompts.jsonl"
+    file.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
+    return ClipFolder(file, **{"frames": 32, "size": 48, "sample_rate": 16_000, **options})
+
+
+# ------------------------------------------------------------------------------------------------------------ folders
+
+
+def test_a_folder_of_clips(clips):
+    data = folder_of(clips, GOOD, "", {**GOOD, "clip": "short.mp4", "kind": "silent"}, least=16)
+    assert len(data) == 2
+    first, second = data[0], data[1]
+    assert first[2:] == ("what?", "a pattern", "picture") and second.kind == "silent"
+    assert first.video.shape == (3, 32, 48, 48) and first.video.dtype == torch.uint8 and second.video.shape[1] == 20
+    assert first.audio.shape == (32 * SAMPLES_PER_FRAME,) and second.audio is None
+    read = read_clip(clips / "long.mp4", frames=32, size=48, sample_rate=16_000)
+    assert torch.equal(first.video.float() / 255, read.video) and torch.equal(first.audio, read.audio)
+    assert indices(read) == list(range(32))
+    slow = folder_of(clips, GOOD, fps=12.5, frames=16)[0]
+    assert indices(read._replace(video=slow.video / 255)) == list(range(0, 32, 2))
+    assert len(slow.audio) == 32 * SAMPLES_PER_FRAME
+
+
+def test_a_shorter_clip_is_what_the_file_has(clips):
+    """With the sound of its own time, at any rate."""
+    short = read_clip(clips / "long.mp4", frames=100, least=8, size=48, sample_rate=16_000)
+    assert indices(short) == list(range(40)) and len(short.audio) == 40 * SAMPLES_PER_FRAME
+    slow = read_clip(clips / "long.mp4", frames=100, least=8, fps=12.5, size=48, sample_rate=16_000)
+    assert indices(slow) == list(range(0, 40, 2)) and len(slow.audio) == 40 * SAMPLES_PER_FRAME
+    with pytest.raises(MediaError, match="only 40 frames, expected 41"):
+        read_clip(clips / "long.mp4", frames=100, least=41, size=48, sample_rate=16_000)
+    with pytest.raises(ValueError, match="read_clip: least: expected at most frames 8, got 9"):
+        read_clip(clips / "long.mp4", frames=8, least=9, size=48, sample_rate=16_000)
+    with pytest.raises(ValueError, match="read_clip: least: expected a positive int, got 0"):
+        read_clip(clips / "long.mp4", frames=8, least=0, size=48, sample_rate=16_000)
+
+
+BAD = {
+    "corrupt": ({"clip": "corrupt.mp4"}, MediaError, "corrupt.mp4"),
+    "no bytes": ({"clip": "empty.mp4"}, MediaError, r"empty.mp4: the file is empty"),
+    "missing": ({"clip": "nowhere.mp4"}, FileNotFoundError, "nowhere.mp4"),
+    "a folder": ({"clip": "."}, OSError, "clips"),
+    "too short": ({"clip": "short.mp4"}, MediaError, r"short.mp4: only 20 frames.*, expected 32"),
+    "no answer": ({"answer": " "}, BadExample, r"prompts.jsonl:2: answer: expected some text, got none, for .*long"),
+    "no text": ({"prompt": None}, BadExample, r"prompts.jsonl:2: prompt: expected text, got None"),
+    "kind": ({"kind": 3}, BadExample, r"prompts.jsonl:2: kind: expected text, got 3"),
+    "no clip": ({"clip": 1.5}, BadExample, r"prompts.jsonl:2: clip: expected text, got 1.5"),
+    "no JSON": ("{", BadExample, r"prompts.jsonl:2: expected JSON, got: "),
+    "no mapping": ("[]", BadExample, r"prompts.jsonl:2: expected a mapping, got list"),
+}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("bad", BAD)
+def test_what_is_bad_names_its_file_and_gives_way(clips, bad, workers):
+    change, error, message = BAD[bad]
+    data = folder_of(
+        clips, GOOD, change if isinstance(change, str) else {**GOOD, **change}, {**GOOD, "answer": "third"}
+    )
+    with pytest.raises(error, match=message):
+        data[1]
+    collate = Collate(Text(TINY.text), predict_prompts=False)
+    attempts = Attempts(data, replace=True)
+    loader = torch.utils.data.DataLoader(attempts, batch_size=3, num_workers=workers, collate_fn=collate)
+    ((batch, skipped),) = loader
+    assert batch.answers == ["a pattern", "third", "third"] and len(skipped) == 1
+    assert Path(clips.name).name in skipped[0]
+    alone, why = collate([Attempts(data, replace=False)[1]])
+    assert alone is None and why == skipped
+
+
+def test_it_gives_up_after_many_bad_ones():
+    class Nothing(Dataset[Example]):
+        def __len__(self):
+            return 1000
+
+        def __getitem__(self, index):
+            raise BadExample(str(index))
+
+    attempt = Attempts(Nothing(), replace=True)[990]
+    assert attempt.example is None and [int(reason) for reason in attempt.skipped] == [
+        (990 + i) % 1000 for i in range(MOST_BAD)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "data.prompts: expected the name of a JSONL file, got None"),
+        ({"prompts": "nowhere.jsonl"}, "data.prompts: expected a JSONL file, got 'nowhere.jsonl'"),
+        ({"prompts": "x", "size": 3}, "data: expected only prompts, frames, least, fps for kind 'folder', got size"),
+        ({"prompts": "x", "frames": 0}, "data.frames: expected 1 .. 0, got 0"),
+        ({"prompts": "x", "least": 40}, "data.least: expected 1 .. 32, got 40"),
+        ({"prompts": "x", "fps": 0}, "data.fps: expected a positive number, got 0"),
+    ],
+)
+def test_options_of_a_folder(options, message):
+    with pytest.raises(ValueError, match=message):
+        open_data("folder", options, TINY)
+
+
+def test_sources(tmp_path):
+    (tmp_path / "none.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match=r"data.prompts: expected at least one line"):
+        open_data("folder", {"prompts": str(tmp_path / "none.jsonl")}, TINY)
+    with pytest.raises(ValueError, match=r"data.kind: expected one of folder.*, got 'tape'"):
+        open_data("tape", {}, TINY)
+
+
+# ------------------------------------------------------------------------------------------------------------ batches
+
+
+def examples() -> list[Example]:
+    """Of 10, 6 and 7 frames, the second without sound."""
+    made = []
+    for frames, words in ((10, "one"), (6, "three"), (7, "seventeen")):
+        video, audio = clip(frames)
+        made.append(Example(video[0], audio[0] if frames != 6 else None, words, words[:2], "k"))
+    return made
+
+
+@pytest.mark.parametrize("predict_prompts", [False, True])
+def test_a_batch_is_its_examples(predict_prompts):
+    made, collate = model("current"), Collate(Text(TINY.text), predict_prompts)
+    rows = examples()
+    batch = collate.batch(rows)
+    assert batch.frames == [10, 6, 7] and batch.has_audio == [True, False, True]
+    assert batch.answers == ["on", "th", "se"] and batch.kinds == ["k"] * 3
+    call = {"labels": batch.labels, "frames": batch.frames, "has_audio": batch.has_audio}
+    out = made(batch.video, batch.audio, batch.text, **call)
+    for i, row in enumerate(rows):
+        one = collate.batch([row])
+        length = one.text.shape[1]
+        alone = made(one.video, one.audio, one.text, labels=one.labels)
+        assert_close_fp64(out.logits[i, :length], alone.logits[0])
+        assert torch.equal(batch.labels[i, :length], one.labels[0]) and (batch.labels[i, length:] == -100).all()
+        assert (one.labels[0, : len(row.prompt) + 1] == -100).all() != predict_prompts
+        assert batch.prompt_lengths[i] == one.prompt.shape[1] == len(row.prompt) + 1
+        assert torch.equal(batch.prompt[i, : one.prompt.shape[1]], one.prompt[0])
+
+
+def test_sound_of_rates_that_do_not_divide():
+    """1,601.6 samples a frame; each clip's number is rounded on its own."""
+    frames = [3, 5, 2]
+    sounds = [torch.ones(round(n * 48_000 / Fraction(30_000, 1001))) for n in frames]
+    stacked, heard = stack_audio(sounds, frames)
+    assert stacked.shape == (3, len(sounds[1])) and heard == [True] * 3
+    assert [int(row.sum()) for row in stacked] == [len(sound) for sound in sounds]
+    longest_is_silent, heard = stack_audio([torch.ones(640), None], [1, 3])
+    assert longest_is_silent.shape == (2, 1920) and heard == [True, False]
+    assert stack_audio([None, None], [1, 2]) == (None, None)
+
+
+def test_examples_that_make_no_batch():
+    with pytest.raises(ValueError, match=r"collate: audio: expected 640.0 samples a frame in every .*, got 320.0"):
+        stack_audio([torch.ones(1280), torch.ones(320)], [2, 1])
+    for other in (None, torch.zeros(3, 2, 8, 9), torch.zeros(3, 2, 8, 8, dtype=torch.uint8)):
+        with pytest.raises(ValueError, match="collate: video: expected every example to have one of one dtype and"):
+            stack_video([torch.zeros(3, 4, 8, 8), other])
+
+
+# -------------------------------------------------------------------------------------------------------------- order
+
+
+def take(order: Order, batches: int) -> list[int]:
+    given = iter(order)
+    return [index for _ in range(batches) for index in next(given)]
+
+
+def test_order():
+    """Every example once in each pass, differently in each; processes share; and it goes on where it stopped."""
+    whole = take(Order(7, 3, seed=5), 14)
+    assert sorted(whole[:7]) == sorted(whole[7:14]) == list(range(7)) and whole[:7] != whole[7:14]
+    assert whole != take(Order(7, 3, seed=6), 14)
+    assert take(Order(7, 3, seed=5, start=12), 10) == whole[12:]
+    both = [take(Order(7, 2, seed=5, rank=rank, ranks=2), 6) for rank in (0, 1)]
+    shared = [index for i in range(0, 12, 2) for ours in both for index in ours[i : i + 2]]
+    assert shared == whole[:24]
+
+
+# --------------------------------------------------------------------------------------------------------------- text
+
+
+@pytest.mark.parametrize("words", ["", "red", "żółć 🎈", "</s><pad><0x41>", " a\nb\0", "x" * 3000])
+def test_bytes(words):
+    text = Text(TINY.text)
+    tokens = text.answer(words)
+    assert tokens == [3 + byte for byte in words.encode()] + [1]
+    assert text.prompt(words) == [0, *tokens[:-1]]
+    assert "".join(text.words_of([*tokens, 65])) == words
+    assert text.words([*tokens, 0, 0]) == text.words(tokens[:-1]) == words
+
+
+def test_bytes_that_are_no_character():
+    text = Text(TINY.text)
+    assert (
+        list(text.words_of([3 + 0xC3, 3 + 0xC3]))
+        == [text.words([3 + 0xC3, 3 + 0xC3])]
+        == ["\N{REPLACEMENT CHARACTER}" * 2]
+    )
+    assert list(text.words_of([3 + 65, 3 + 0xC3])) == ["A"]
+
+
+def test_any_tokenizer(tmp_path):
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = ["<pad>", "</s>", "<unk>", "[CLS]"]
+    tokenizer.train_from_iterator(["the red ball", "the green ball"], trainers.BpeTrainer(special_tokens=special))
+    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A", special_tokens=[("[CLS]", 3)])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    text = Text(TINY.text, tmp_path / "tokenizer.json")
+    whole = tokenizer.token_to_id("ball")
+    assert text.answer("ball") == [whole, 1] and text.prompt("ball") == [0, whole]
+    assert text.words(text.answer("the red ball")) == "the red ball"
+    small = MirasolConfig.from_dict({**TINY.to_dict(), "text": {**TINY.to_dict()["text"], "vocabulary": 8}}).text
+    with pytest.raises(ValueError, match=r"model.tokenizer: expected tokens below text.vocabulary 8, got \d\d"):
+        Text(small, tmp_path / "tokenizer.json")
+    with pytest.raises(ValueError, match=r"model.tokenizer: expected a tokenizer.json, got no file 'nowhere'"):
+        Text(TINY.text, "nowhere")
+
+
+def test_the_byte_tokenizer_survives_its_file(tmp_path):
+    byte_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    assert Text(TINY.text, tmp_path / "tokenizer.json").answer("é") == Text(TINY.text).answer("é")
