@@ -89,7 +89,7 @@ class ContextShards:
 
     def arrange(self, shards: Sequence[Tensor], dim: int = 2) -> Tensor:
         """All tokens in order, from those of each rank: the inverse of `take`."""
-        runs = []
+        runs: list[tuple[int, Tensor]] = []
         for shard, slices in zip(shards, self.slices, strict=True):
             sizes = (slices[:, 1] - slices[:, 0]).tolist()
             runs += zip(slices[:, 0].tolist(), shard.split(sizes, dim) if sizes else (), strict=True)
