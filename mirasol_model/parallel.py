@@ -12,6 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -71,12 +72,17 @@ def shard(model: Mirasol | SnippetParallel, mesh: DeviceMesh, kind: Literal["ddp
         raise ValueError(f"shard: kind: expected 'ddp' or 'fsdp', got {kind!r}")
     if kind == "ddp":  # a batch may lack a modality or the text, and with them parameters
         return DistributedDataParallel(model, device_mesh=mesh, find_unused_parameters=True)
-    for module in list(model.modules()):
+    mirasol = bare(model)
+    for module in list(mirasol.modules()):
         for layer in module if isinstance(module, nn.ModuleList) else ():
             fully_shard(layer, mesh=mesh)
-    for block in bare(model).text.blocks:
-        register_fsdp_forward_method(block, "remember")
-    return fully_shard(model, mesh=mesh)
+    fully_shard(mirasol, mesh=mesh)
+    # What is called from outside beside `forward`, and gathers parameters too.
+    calls = [(mirasol, name) for name in ("encode", "answer", "generate")]
+    calls += [(mirasol, "predict")] if isinstance(model, SnippetParallel) else []
+    for part, name in [*calls, *((block, "remember") for block in mirasol.text.blocks)]:
+        register_fsdp_forward_method(part, name)
+    return model
 
 
 def bare(model: nn.Module) -> Mirasol:
@@ -92,13 +98,18 @@ def save(folder: Path | str, model: nn.Module, optimizer: Optimizer) -> None:
 
     Until its last file, `.metadata`, is there, the checkpoint is incomplete, and `load` refuses it.
     """
-    dcp.save(_state(model, optimizer), checkpoint_id=folder)
+    dcp.save(_state(model, optimizer), checkpoint_id=folder, no_dist=not dist.is_initialized())
 
 
 def load(folder: Path | str, model: nn.Module, optimizer: Optimizer) -> None:
-    """Go on from what `save` wrote, on as many ranks as there are now, sharded as they are now, or in one process."""
+    """Go on from what `save` wrote, on as many ranks as there are now, sharded as they are now, or in one process.
+
+    Raises ValueError if that is not complete, before anything changes.
+    """
+    if not (Path(folder) / ".metadata").exists():
+        raise ValueError(f"load: folder: expected a complete checkpoint, got {folder} without .metadata")
     state = _state(model, optimizer)
-    dcp.load(state, checkpoint_id=folder)
+    dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
     set_state_dict(bare(model), optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
 
 

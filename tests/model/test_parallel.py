@@ -60,7 +60,7 @@ def test_a_checkpoint_that_is_not_complete_is_refused(tmp_path: Path) -> None:
     training.train(made, optimizer, range(1))
     save(tmp_path / "whole", made, optimizer)
     (tmp_path / "whole" / ".metadata").unlink()
-    with pytest.raises(Exception, match="metadata"):
+    with pytest.raises(ValueError, match=r"folder: expected a complete checkpoint, got .* without .metadata"):
         load(tmp_path / "whole", made, optimizer)
 
 
