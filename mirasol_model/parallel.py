@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
@@ -104,13 +104,27 @@ def save(folder: Path | str, model: nn.Module, optimizer: Optimizer) -> None:
 def load(folder: Path | str, model: nn.Module, optimizer: Optimizer) -> None:
     """Go on from what `save` wrote, on as many ranks as there are now, sharded as they are now, or in one process.
 
-    Raises ValueError if that is not complete, before anything changes.
+    Raises ValueError if that is not complete, or of another model, before anything changes.
     """
     if not (Path(folder) / ".metadata").exists():
         raise ValueError(f"load: folder: expected a complete checkpoint, got {folder} without .metadata")
     state = _state(model, optimizer)
-    dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
-    set_state_dict(bare(model), optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    if missing := [name for name in state["model"] if f"model.{name}" not in saved]:
+        raise ValueError(f"load: folder: expected a checkpoint of this model, got one without {', '.join(missing)}")
+    # A parameter that had no gradient so far has no state in the checkpoint, and is given none here.
+    planner = dcp.DefaultLoadPlanner(allow_partial_load=True)
+    dcp.load(state, checkpoint_id=folder, planner=planner, no_dist=not dist.is_initialized())
+    set_state_dict(
+        bare(model),
+        optimizer,
+        model_state_dict=state["model"],
+        optim_state_dict=state["optimizer"],
+        options=StateDictOptions(strict=False),
+    )
+    for name, parameter in bare(model).named_parameters():
+        if not any(key.startswith(f"optimizer.state.{name}.") for key in saved):
+            optimizer.state.pop(parameter, None)
 
 
 def _state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:

@@ -54,11 +54,17 @@ def test_training_on_several_ranks_and_going_on_with_another_number(tmp_path: Pa
         training.same_parameters(made, single)
 
 
-def test_a_checkpoint_that_is_not_complete_is_refused(tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_model_or_not_complete_is_refused(tmp_path: Path) -> None:
     made = training.made()
     optimizer = training.adam(made)
     training.train(made, optimizer, range(1))
     save(tmp_path / "whole", made, optimizer)
+    assert made.latent.mask not in optimizer.state  # it had no gradient, and that is how it comes back
+    load(tmp_path / "whole", made, optimizer)
+    assert made.latent.mask not in optimizer.state and made.latent.slots in optimizer.state
+    other = model("perceiver")
+    with pytest.raises(ValueError, match=r"of this model, got one without .*combiner.latents"):
+        load(tmp_path / "whole", other, training.adam(other))
     (tmp_path / "whole" / ".metadata").unlink()
     with pytest.raises(ValueError, match=r"folder: expected a complete checkpoint, got .* without .metadata"):
         load(tmp_path / "whole", made, optimizer)
