@@ -31,7 +31,8 @@ def made() -> nn.Module:
 
 
 def adam(model: nn.Module) -> AdamW:
-    return AdamW(model.parameters(), lr=1e-3)
+    # A large eps: gradients that are zero but for rounding (the bias of the keys) shall not be divided by themselves.
+    return AdamW(model.parameters(), lr=1e-3, eps=1e-5)
 
 
 def batches(first: int, last: int) -> list[tuple[Tensor, Tensor, Tensor]]:
