@@ -127,6 +127,29 @@ def concatenate(parts: Sequence[tuple[Lines, int]], k_len: int) -> Lines:
     return union(offsets, line, begin, end, k_len)
 
 
+def part(lines: Lines, queries: np.ndarray, keys: np.ndarray) -> Lines:
+    """The relation between some rows and some keys: (S, 2) slices [begin, end), sorted and disjoint, laid end to end.
+
+    What lies between two slices of keys is gone, so a range stays one range: there are never more than before.
+    """
+    cuts = np.unique(np.append(lines.offsets, queries))
+    rows, _ = expand(cuts, queries)  # the segments of rows that are kept, in order
+    source = np.searchsorted(lines.offsets, cuts[rows], "right") - 1
+    starts = offsets_of(keys[:, 1] - keys[:, 0])
+    line = np.repeat(np.arange(len(source)), lines.counts[source])
+    ranges = lines.ranges[_spread(lines.starts[source], lines.counts[source])]
+    behind = np.searchsorted(keys[:, 0], ranges, "right")  # of slices that begin at an edge or before it
+    at = np.maximum(behind - 1, 0)
+    edges = ranges if not len(keys) else starts[at] + np.minimum(ranges, keys[at, 1]) - keys[at, 0]
+    edges = np.where(behind > 0, edges, 0)
+    return union(offsets_of(cuts[rows + 1] - cuts[rows]), line, edges[:, 0], edges[:, 1], int(starts[-1]))
+
+
+def _spread(first: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """first[0], first[0] + 1, ... counts[0] numbers, then those from first[1] on, and so on."""
+    return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts - first, counts)
+
+
 def extend(lines: Lines, q_len: int) -> Lines:
     """The same rows, and after them up to q_len rows that see nothing."""
     if q_len == lines.offsets[-1]:

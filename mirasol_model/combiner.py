@@ -29,12 +29,15 @@ from mirasol_kernels import (
 from mirasol_model.config import CombinerConfig
 from mirasol_model.layers import Attend, Block, init_weights, merge_heads, rotary, rotate, split_heads
 from mirasol_model.packing import Counts, join, last_tokens, look_back, merge_sources, row_order, to_index
+from mirasol_model.spread import Spread
 
 Pair = tuple[Counts, Counts]  # of video and of audio
 
 
 class Combiner(nn.Module):
     """What the four kinds share: the call."""
+
+    remembers = False  # whether a snippet's tokens depend on earlier snippets
 
     def __init__(self, config: CombinerConfig):
         super().__init__()
@@ -54,6 +57,7 @@ class Combiner(nn.Module):
     ) -> tuple[Tensor, Any]:
         """The snippets that follow those which left `state` (None: the first ones) -> x (B, T, m, d), state.
 
+        A `Spread` as the state: these are the snippets of one rank, and all that there are.
         keep=False: nobody will go on from here, so nothing need be kept.
         """
         given = [(x, n) for x, n in zip((video, audio), counts, strict=True) if x is not None]
@@ -130,18 +134,33 @@ class Past(NamedTuple):
 
 
 class _AllSnippets:
-    """Attention of one step in context "all": the layers of the transformer ask it for theirs."""
+    """Attention of one step in context "all": the layers of the transformer ask it for theirs.
 
-    def __init__(self, past: Past, lengths: np.ndarray, dense: bool, like: Tensor, config: CombinerConfig, keep: bool):
-        self.past, self.keep, self.config = past, keep, config
+    lengths (B, T): the tokens of the snippets. spread: they are one rank's, and those of all are `everyone` (B, all T).
+    """
+
+    def __init__(
+        self,
+        past: Past,
+        lengths: np.ndarray,
+        dense: bool,
+        like: Tensor,
+        config: CombinerConfig,
+        keep: bool,
+        spread: Spread | None,
+        everyone: np.ndarray,
+    ):
+        self.past, self.keep, self.config, self.spread = past, keep, config, spread
         self.kept: list[tuple[Tensor, Tensor]] = []
         rows, snippets = lengths.shape
         earlier = np.concatenate([np.zeros((rows, 0), int), *past.lengths], axis=1)
-        asking = np.minimum(lengths, config.tokens)
-        self.layouts = [look_back(earlier, lengths, each, config.window, dense) for each in (lengths, asking)]
+        # Of keys, then of queries: all tokens of a snippet, and in the last layer those that leave.
+        asking = everyone, np.minimum(everyone, config.tokens)
+        self.layouts = [look_back(earlier, everyone, each, config.window, dense) for each in asking]
+        self.asking = [each[:1] if dense else each for each in asking]
         self.dense, self.order = dense, None if dense else row_order([*past.lengths, lengths])
-        self.leave = last_tokens(lengths, asking, dense)
-        positions = np.arange(past.seen, past.seen + snippets)
+        self.leave = last_tokens(lengths, np.minimum(lengths, config.tokens), dense)
+        positions = past.seen + (np.arange(snippets) if spread is None else spread.own)
         positions = np.concatenate([np.repeat(positions, row) for row in (lengths[:1] if dense else lengths)])
         precise = torch.promote_types(like.dtype, torch.float32)
         self.angles = rotary(to_index(positions, like), like.shape[2] // config.heads, precise)  # (N, D/2)
@@ -153,6 +172,8 @@ class _AllSnippets:
             q, k = rotate(q, self.leaving_angles if last else self.angles), rotate(k, self.angles)
             if self.keep:
                 self.kept.append((k.transpose(1, 2), v.transpose(1, 2).contiguous()))
+            if self.spread is not None:
+                return self.spread.attend(q, k, v, self.layouts[last], self.asking[last], self.asking[0])
             keys, values = zip(*(piece[i] for piece in self.past.layers), strict=True) if self.past.layers else ((), ())
             return block_causal_attention(q, self._join(keys, k), self._join(values, v), self.layouts[last])
 
@@ -181,10 +202,11 @@ class TransformerCombiner(Combiner):
             nn.init.trunc_normal_(self.queries, std=0.02)
         self.blocks = nn.ModuleList(Block(dim, config.heads, config.mlp_dim) for _ in range(config.layers))
         self.norm = nn.LayerNorm(dim)
+        self.remembers = config.context == "all"
         init_weights(self, config.layers)
 
     def combine(
-        self, sources: list[Tensor], counts: list[Counts], state: Past | None, keep: bool
+        self, sources: list[Tensor], counts: list[Counts], state: Past | Spread | None, keep: bool
     ) -> tuple[Tensor, Past | None]:
         rows, snippets, _, dim = sources[0].shape
         m = self.config.tokens
@@ -195,10 +217,13 @@ class TransformerCombiner(Combiner):
             dense = False
         sight = None
         if self.config.context == "all":
-            past = state or Past()
-            dense = dense and all((piece == lengths[0, 0]).all() for piece in past.lengths)
+            past, spread, everyone = state if isinstance(state, Past) else Past(), None, lengths
+            if isinstance(state, Spread):
+                spread, learned = state, m if self.queries is not None else 0
+                everyone = np.sum([count for count in state.counts if count is not None], axis=0) + learned
+            dense = dense and all((piece == lengths[0, 0]).all() for piece in (*past.lengths, everyone))
             x = x if dense else x.flatten(0, 1)[None]
-            sight = _AllSnippets(past, lengths, dense, x, self.config, keep)
+            sight = _AllSnippets(past, lengths, dense, x, self.config, keep, spread, everyone)
             leave = sight.leave
         else:
             if dense:  # snippets that do not see each other are rows of a batch
@@ -343,6 +368,8 @@ class TuringCombiner(Combiner):
     with the reference's 0.02 all memory tokens begin nearly equal.
     """
 
+    remembers = True
+
     def __init__(self, dim: int, config: CombinerConfig):
         super().__init__(config)
         self.skeleton = TokenTuringParameters.init(
@@ -366,15 +393,17 @@ class TuringCombiner(Combiner):
             self.start = nn.Parameter(nn.init.trunc_normal_(torch.empty(config.memory, dim), std=0.02))
 
     def combine(
-        self, sources: list[Tensor], counts: list[Counts], state: Tensor | None, keep: bool
+        self, sources: list[Tensor], counts: list[Counts], state: Tensor | Spread | None, keep: bool
     ) -> tuple[Tensor, Tensor]:
         rows, _, _, dim = sources[0].shape
-        if state is None:
+        spread = state if isinstance(state, Spread) else None
+        if not isinstance(state, Tensor):
             empty = sources[0].new_zeros(rows, self.config.memory, dim)
             state = empty if self.start is None else empty + self.start
         parameters = self.skeleton.replace({name: self.tensors[key] for name, key in self.names.items()})
-        memory, x = token_turing_recurrence(state, sources, parameters, valid=valid_tensor(sources, counts))
-        return x, memory
+        valid, gather = valid_tensor(sources, counts), spread.gather if spread else None
+        memory, x = token_turing_recurrence(state, sources, parameters, valid=valid, gather=gather)
+        return x[:, spread.own] if spread else x, memory
 
 
 KINDS: dict[str, Callable[[int, CombinerConfig], Combiner]] = {

@@ -253,7 +253,7 @@ class AudioTokenizer(_Tokenizer):
         return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 1)
 
 
-class Block(nn.Module):
+class EncoderBlock(nn.Module):
     """Pre-norm transformer block of google-research/scenic@4a38d475: x + attention(LN(x)), x + MLP(LN(x))."""
 
     def __init__(self, dim: int, heads: int, mlp_dim: int):
@@ -296,7 +296,7 @@ class ViT(nn.Module):
         if dim % heads:
             raise ValueError(f"ViT: heads: expected a divisor of dim {dim}, got {heads}")
         self.dim = dim
-        self.blocks = nn.ModuleList(Block(dim, heads, mlp_dim) for _ in range(layers))
+        self.blocks = nn.ModuleList(EncoderBlock(dim, heads, mlp_dim) for _ in range(layers))
         self.norm = nn.LayerNorm(dim, eps=NORM_EPS)
 
     def forward(self, tokens: Tensor, valid: Tensor | Sequence[int] | None = None) -> Tensor:

@@ -33,6 +33,14 @@ class Clips(NamedTuple):
         audio = None if self.audio is None else self.audio[:, begin:end]
         return Clips(video, audio, self.frames[:, begin:end], self.samples[:, begin:end])
 
+    def take(self, snippets: np.ndarray, device: torch.device) -> Clips:
+        """Some of the snippets, their pictures and sound on `device`: the others are not copied there."""
+
+        def some(x: Tensor | None) -> Tensor | None:
+            return None if x is None else x[:, torch.from_numpy(snippets).to(x.device)].to(device)
+
+        return Clips(some(self.video), some(self.audio), self.frames[:, snippets], self.samples[:, snippets])
+
 
 def read_clips(
     op: str,

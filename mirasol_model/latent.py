@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from mirasol_kernels import SnippetCache, SnippetLayout, block_causal_attention
 from mirasol_model.config import LatentConfig
 from mirasol_model.layers import Block, Rotary, init_weights, rotary, rotate
+from mirasol_model.spread import Spread
 
 
 class LatentModel(nn.Module):
@@ -28,18 +30,26 @@ class LatentModel(nn.Module):
         for parameter in (self.slots, self.mask):
             nn.init.trunc_normal_(parameter, std=0.02)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, T, m, d) -> h (B, T, m, d). In training, `mask_ratio` of the tokens of x give way to a learned one."""
-        snippets = x.shape[1]
+    def forward(self, x: Tensor, spread: Spread | None = None) -> Tensor:
+        """x (B, T, m, d) -> h (B, T, m, d). In training, `mask_ratio` of the tokens of x give way to a learned one.
+
+        spread: x are the snippets of one rank of several, and so is h. Ranks whose random numbers are equal hide what
+        one process hides.
+        """
+        snippets, own = (x.shape[1], slice(None)) if spread is None else (len(spread.owners), spread.own)
         if self.training and self.config.mask_ratio > 0:
-            hidden = torch.rand(x.shape[:3], device=x.device) < self.config.mask_ratio
+            hidden = torch.rand(len(x), snippets, self.tokens, device=x.device)[:, own] < self.config.mask_ratio
             x = torch.where(hidden[..., None], self.mask.to(x.dtype), x)
         layout = SnippetLayout.uniform(snippets, self.tokens, window=self.config.window, sink=self.config.sink)
-        positions = torch.arange(snippets, device=x.device).repeat_interleave(self.tokens)
+        positions = torch.arange(snippets, device=x.device)[own].repeat_interleave(self.tokens)
         angles = self._angles(positions, x)
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return block_causal_attention(rotate(q, angles), rotate(k, angles), v, layout)
+            q, k = rotate(q, angles), rotate(k, angles)
+            if spread is None:
+                return block_causal_attention(q, k, v, layout)
+            lengths = np.full((1, snippets), self.tokens)
+            return spread.attend(q, k, v, layout, lengths, lengths)
 
         y = (x + self.slots).flatten(1, 2)  # (B, T*m, d)
         for block in self.blocks:

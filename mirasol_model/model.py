@@ -28,8 +28,9 @@ from mirasol_model.encoders import AudioTokenizer, Tube, TubeTokenizer, ViT, def
 from mirasol_model.inputs import Clips, PerRow, check_text, read_clips
 from mirasol_model.latent import LatentModel
 from mirasol_model.losses import LatentLoss, Reconstruction, mean_of, text_loss
-from mirasol_model.packing import to_index
+from mirasol_model.packing import Counts, to_index
 from mirasol_model.snippets import to_unit_range
+from mirasol_model.spread import Spread
 from mirasol_model.stream import Stream
 from mirasol_model.text import TextDecoder
 
@@ -103,6 +104,20 @@ class Mirasol(nn.Module, PyTorchModelHubMixin, library_name="mirasol-kernels", l
         `frames` and `has_audio` are needed on the host: give lists, or tensors there. Raises ValueError or TypeError
         naming the argument, before anything is computed.
         """
+        clips = self.read(video, audio, text, labels=labels, frames=frames, has_audio=has_audio)
+        return self.predict(clips, text, labels)
+
+    def read(
+        self,
+        video: Tensor | None,
+        audio: Tensor | None,
+        text: Tensor | None = None,
+        *,
+        labels: Tensor | None = None,
+        frames: int | PerRow | None = None,
+        has_audio: PerRow | None = None,
+    ) -> Clips:
+        """The arguments of `forward`, checked, and its clips cut into snippets."""
         clips = self._read("Mirasol", video, audio, frames, has_audio)
         for name, tokens in (("text", text), ("labels", labels)):
             if tokens is not None:
@@ -110,11 +125,19 @@ class Mirasol(nn.Module, PyTorchModelHubMixin, library_name="mirasol-kernels", l
         if labels is not None and (text is None or labels.shape != text.shape):
             expected = "None without text" if text is None else f"{tuple(text.shape)} like text"
             raise ValueError(f"Mirasol: labels: expected {expected}, got {tuple(labels.shape)}")
+        return clips
 
-        encoded = self._encode(clips)
+    def predict(
+        self, clips: Clips, text: Tensor | None, labels: Tensor | None, spread: Spread | None = None
+    ) -> MirasolOutput:
+        """`forward` of what `read` gave. spread: its snippets lie on several ranks; see `SnippetParallel`."""
+        own = clips if spread is None else clips.take(spread.own, self.latent.slots.device)
+        encoded = self._encode(clips, own, spread)
         logits = None if text is None else self.text(text, self.text.remember(encoded.latents, encoded.age))
-        losses = self._predict_next(clips, encoded)
+        losses = self._predict_next(clips, own, encoded, spread)
         losses["text"] = None if labels is None or logits is None else text_loss(logits, labels)
+        if spread is not None:
+            losses = spread.total(losses)
         return MirasolOutput(self._total(losses), losses, logits, encoded.latents)
 
     def encode(
@@ -126,7 +149,8 @@ class Mirasol(nn.Module, PyTorchModelHubMixin, library_name="mirasol-kernels", l
         has_audio: PerRow | None = None,
     ) -> Encoded:
         """Everything the text decoder needs of the clips, for any number of `answer`s. Arguments as in `forward`."""
-        return self._encode(self._read("encode", video, audio, frames, has_audio))
+        clips = self._read("encode", video, audio, frames, has_audio)
+        return self._encode(clips, clips)
 
     @torch.no_grad()
     def answer(self, encoded: Encoded, prompt: Tensor, max_new_tokens: int = 32, **sampling: Any) -> Tensor:
@@ -172,47 +196,68 @@ class Mirasol(nn.Module, PyTorchModelHubMixin, library_name="mirasol-kernels", l
     def _read(self, op: str, video, audio, frames, has_audio) -> Clips:
         return read_clips(op, video, audio, frames, has_audio, self.config.video.frames)
 
-    def _encode(self, clips: Clips) -> Encoded:
-        x = self._combine(clips)
+    def _encode(self, clips: Clips, own: Clips, spread: Spread | None = None) -> Encoded:
+        """own: those snippets of `clips` that are computed here, all of them without `spread`."""
+        x = self._combine(own, spread)
+        h = self.latent(x, spread)
         age = clips.lengths[:, None] - np.arange(clips.frames.shape[1])
-        return Encoded(self.latent(x), x, age)
+        return Encoded(h if spread is None else spread.gather(h), x, age)
 
-    def _combine(self, clips: Clips) -> Tensor:
+    def _combine(self, clips: Clips, spread: Spread | None = None) -> Tensor:
         """-> x (B, T, m, d)"""
+        together = spread is not None and self.combiner.remembers  # one step, whose ranks see each other's snippets
         if self.config.recompute == "none":
-            return self.step(clips, None, keep=False)[0]
+            return self.step(clips, spread if together else None, keep=False)[0]
+        parts = [clips.part(i, i + AT_A_TIME) for i in range(0, clips.frames.shape[1], AT_A_TIME)]
+        if together:
+            video, audio = (
+                None if pieces[0] is None else torch.cat(pieces, dim=1)
+                for pieces in zip(*(self._recomputed(self._sense, part) for part in parts), strict=True)
+            )
+            return self.combiner.step(video, audio, self.counts(clips), spread, keep=False)[0]
         pieces, state = [], None
-        for begin in range(0, clips.frames.shape[1], AT_A_TIME):
-            x, state = self._recomputed(self.step, clips.part(begin, begin + AT_A_TIME), state)
+        for part in parts:
+            x, state = self._recomputed(self.step, part, state)
             pieces.append(x)
         return torch.cat(pieces, dim=1)
 
     def step(self, clips: Clips, state: Any, *, keep: bool = True) -> tuple[Tensor, Any]:
         """The next snippets of the clips, after those that left `state` -> x (B, T, m, d), state."""
+        return self.combiner.step(*self._sense(clips), self.counts(clips), state, keep=keep)
+
+    def counts(self, clips: Clips) -> tuple[Counts, Counts]:
+        """The real tokens of each snippet (B, T), of video and of audio; None where the modality is missing."""
         video = audio = None
-        video_counts = audio_counts = None
         if clips.video is not None:
             height, width = clips.video.shape[-2:]
-            video_counts = _each(lambda n: self.video_tokens.valid_tokens(n, (height, width)), clips.frames)
-            video = self._see(clips.video, video_counts, lambda x, rows: self.video_tokens(x))
+            video = _each(lambda n: self.video_tokens.valid_tokens(n, (height, width)), clips.frames)
         if clips.audio is not None:
+            audio = _each(self.audio_tokens.valid_tokens, clips.samples)
+        return video, audio
 
-            def hear(audio: Tensor, rows: np.ndarray) -> Tensor:
-                return self.audio_tokens(self._spectrogram(audio, clips.samples.flat[rows]))
+    def _sense(self, clips: Clips) -> tuple[Tensor | None, Tensor | None]:
+        """The encoded tokens (B, T, n, d) of video and of audio."""
 
-            audio_counts = _each(self.audio_tokens.valid_tokens, clips.samples)
-            audio = self._see(clips.audio, audio_counts, hear)
-        return self.combiner.step(video, audio, (video_counts, audio_counts), state, keep=keep)
+        def hear(audio: Tensor, rows: np.ndarray) -> Tensor:
+            return self.audio_tokens(self._spectrogram(audio, clips.samples.flat[rows]))
+
+        video, audio = clips.video, clips.audio
+        video_counts, audio_counts = self.counts(clips)
+        return (
+            None if video is None else self._see(video, video_counts, lambda x, rows: self.video_tokens(x)),
+            None if audio is None else self._see(audio, audio_counts, hear),
+        )
 
     def _spectrogram(self, audio: Tensor, samples: np.ndarray) -> Tensor:
         """(R, S), of which `samples` (R,) are real -> (R, spectrogram frames, mel bins)"""
         precision = torch.promote_types(audio.dtype, self.audio_tokens.weight.dtype)
         return self.log_mel(audio.to(precision), samples.tolist())
 
-    def _see(self, snippets: Tensor, counts: np.ndarray, tokenize: Callable[[Tensor, np.ndarray], Tensor]) -> Tensor:
+    def _see(self, snippets: Tensor, counts: Counts, tokenize: Callable[[Tensor, np.ndarray], Tensor]) -> Tensor:
         """snippets (B, T, ...) of which counts (B, T) tokens will be real -> encoded tokens (B, T, n, d).
 
         Snippets without a token are not computed."""
+        assert counts is not None
         flat, real = snippets.flatten(0, 1), counts.reshape(-1)
         rows = np.flatnonzero(real) if real.any() else np.zeros(1, np.int64)
         some = len(rows) < len(real)
@@ -230,47 +275,41 @@ class Mirasol(nn.Module, PyTorchModelHubMixin, library_name="mirasol-kernels", l
 
     # ------------------------------------------------------------------------------------------------ predictions
 
-    def _predict_next(self, clips: Clips, encoded: Encoded) -> dict[str, Tensor | None]:
-        """latent, video and audio loss of every snippet but the first."""
+    def _predict_next(
+        self, clips: Clips, own: Clips, encoded: Encoded, spread: Spread | None
+    ) -> dict[str, Tensor | None]:
+        """latent, video and audio loss of every snippet but the first; with `spread` what our own add to them."""
         losses: dict[str, Tensor | None] = {"latent": None, "video": None, "audio": None}
-        snippets, weights = clips.frames.shape[1], self.config.losses
-        there = np.flatnonzero(clips.frames[:, 1:] > 0)  # of (B, T-1): row b has a snippet t + 1
-        if not len(there):
-            return losses
-        after = there + there // (snippets - 1) + 1  # where that lies in (B, T); before it lies t
-        h, x = encoded.latents.flatten(0, 1), encoded.combined.flatten(0, 1)  # (B*T, m, d)
-        if weights.latent > 0:
-            losses["latent"] = self.latent_loss(h[to_index(after - 1, h)], x[to_index(after, x)])
+        (rows, snippets), weights = clips.frames.shape, self.config.losses
+        predicted = (clips.frames > 0) & (np.arange(snippets) > 0)  # (B, T)
+        where = np.arange(snippets) if spread is None else spread.own
+        before = (snippets * np.arange(rows)[:, None] + where - 1).reshape(-1)  # of own snippets, in (B, T)
+        h, x = encoded.latents.flatten(0, 1), encoded.combined.flatten(0, 1)  # (B*T, m, d), (B*t, m, d)
+
+        def chosen(counted: np.ndarray) -> Chosen | None:
+            return _choose((counted & predicted[..., None])[:, where], (counted & predicted[..., None]).sum())
+
+        def reconstruct(loss: Reconstruction, real: np.ndarray, sense: Callable[[Clips, np.ndarray], Tensor]):
+            def errors(rows: np.ndarray) -> Tensor:
+                return loss(h[to_index(before[rows], h)], sense(own, rows))
+
+            if (some := chosen(real.reshape(rows, snippets, -1))) is None:
+                return None
+            size = len(some.rows) if self.config.recompute == "none" else AT_A_TIME * rows
+            pieces = [self._recomputed(errors, some.rows[i : i + size]) for i in range(0, len(some.rows), size)]
+            return some.share * mean_of(torch.cat(pieces), some.counted)
+
+        if weights.latent > 0 and (some := chosen(predicted[..., None])) is not None:
+            guess, target = h[to_index(before[some.rows], h)], x[to_index(some.rows, x)]
+            losses["latent"] = some.share * self.latent_loss(guess, target)
         if weights.reconstruction > 0 and clips.video is not None:
             real = self.video_loss.real_patches(clips.frames.reshape(-1), self.config.video.frames)
-            losses["video"] = self._reconstruct(self.video_loss, h, after, real, clips, self._picture)
+            losses["video"] = reconstruct(self.video_loss, real, self._picture)
         if weights.reconstruction > 0 and clips.audio is not None:
             heard = _each(self.log_mel.frames, clips.samples).reshape(-1)
             real = self.audio_loss.real_patches(heard, self.log_mel.frames(clips.audio.shape[2]))
-            losses["audio"] = self._reconstruct(self.audio_loss, h, after, real, clips, self._sound)
+            losses["audio"] = reconstruct(self.audio_loss, real, self._sound)
         return losses
-
-    def _reconstruct(
-        self,
-        loss: Reconstruction,
-        h: Tensor,
-        after: np.ndarray,
-        real: np.ndarray,
-        clips: Clips,
-        sense: Callable[[Clips, np.ndarray], Tensor],
-    ) -> Tensor | None:
-        """Mean error of the patches that are `real` (B*T, P), of the snippets `after`, each predicted from the h before
-        it (B*T, m, d). `sense` gives the snippets to predict."""
-        after = after[real[after].any(axis=1)]
-        if not len(after):
-            return None
-
-        def errors(rows: np.ndarray) -> Tensor:
-            return loss(h[to_index(rows - 1, h)], sense(clips, rows))
-
-        size = len(after) if self.config.recompute == "none" else AT_A_TIME * len(clips.frames)
-        pieces = [self._recomputed(errors, after[i : i + size]) for i in range(0, len(after), size)]
-        return mean_of(torch.cat(pieces), real[after])
 
     def _picture(self, clips: Clips, rows: np.ndarray) -> Tensor:
         """Snippets `rows` of (B, T), in [-1, 1]: (R, 3, F, H, W)"""
@@ -312,6 +351,29 @@ class Mirasol(nn.Module, PyTorchModelHubMixin, library_name="mirasol-kernels", l
         if wanted is not None and (different := saved.differences(wanted)):
             raise ValueError(f"from_pretrained: config: expected what {model_id} was saved with, got {different}")
         return super()._from_pretrained(model_id=model_id, config=wanted or saved, **{**options, "strict": True})
+
+
+class Chosen(NamedTuple):
+    """Snippets that a loss is taken of, and what of them."""
+
+    rows: np.ndarray  # (R,) of own snippets
+    counted: np.ndarray  # (R, P)
+    share: float  # of what counts on all ranks
+
+
+def _choose(counted: np.ndarray, total: int) -> Chosen | None:
+    """counted (B, t, P), of which `total` on all ranks; None if nothing counts anywhere.
+
+    A rank on which nothing counts predicts something all the same, with weight 0: all do the same in backward, where
+    they wait for each other.
+    """
+    if not total:
+        return None
+    counted = counted.reshape(-1, counted.shape[2])
+    rows = np.flatnonzero(counted.any(axis=1))
+    if not len(rows):
+        return Chosen(np.zeros(1, int), np.ones((1, counted.shape[1]), bool), 0.0)
+    return Chosen(rows, counted[rows], counted.sum() / total)
 
 
 def _each(count: Callable[[int], int], numbers: np.ndarray) -> np.ndarray:

@@ -67,6 +67,7 @@ def token_turing_recurrence(
     parameters: TokenTuringParameters,
     *,
     valid: Tensor | None = None,
+    gather: Callable[[Tensor], Tensor] | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The Token Turing Machine over T steps: read r tokens from [memory | input], process, write the next memory.
@@ -77,6 +78,10 @@ def token_turing_recurrence(
     inputs: (B, T, n, c), or several sources of equal B, T and c, in the order of the position tables; n may differ.
     parameters: what read, process and write are; see `TokenTuringParameters`.
     valid: (B, T, S), or (B, T) for one source: integers, how many leading tokens of each source count in each step.
+
+    gather: for inputs whose time steps lie on several ranks: makes (B, all T, ...) of this rank's (B, T, ...), as
+        `Ranks.gather` does.  What it gets are softmax states, k + 2 numbers per learned token; every rank then runs all
+        steps.
 
     Returns (memory (B, mem, c), outputs (B, T, r, c)) in the dtype of memory.  All tensors have one floating dtype
     (under autocast they may differ) and device.  All gradients; steps are recomputed in backward, and the input side of
@@ -91,7 +96,7 @@ def token_turing_recurrence(
     _check(memory, sources, parameters)
     valid = valid if valid is None else _counts(valid, sources)
     steps = OP.select((memory, sources, parameters, backend), backend)
-    return hoisted.token_turing_recurrence(memory, sources, parameters, valid, backend, steps)
+    return hoisted.token_turing_recurrence(memory, sources, parameters, valid, gather, backend, steps)
 
 
 def _check(memory: Tensor, sources: tuple[Tensor, ...], parameters: TokenTuringParameters) -> None:

@@ -8,6 +8,7 @@ memory and its r tokens and merges.  README.md has the algebra.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -32,10 +33,13 @@ def token_turing_recurrence(
     sources: tuple[Tensor, ...],
     parameters: TokenTuringParameters,
     valid: Tensor | None,
+    gather: Callable[[Tensor], Tensor] | None,
     backend: str | None,
     steps: Backend | None,
 ) -> tuple[Tensor, Tensor]:
     """memory (B, mem, c), sources each (B, T, n, c), valid (B, T, S) or None, as `api` has checked them.
+
+    gather: of a rank's steps makes everyone's.
 
     steps: the backend that runs the sequential part in one call, or None: step by step, in PyTorch.
     """
@@ -48,8 +52,8 @@ def token_turing_recurrence(
 
     def at_once(pool: Pool, tables: Tables) -> TokenLearnerState:
         """The states of the input of all steps, with leading axes (B, T)."""
-        state = pooled(pool, every_step, tables, counts, backend)
-        return TokenLearnerState(*(field.unflatten(0, batch_and_time) for field in state))
+        fields = [x.unflatten(0, batch_and_time) for x in pooled(pool, every_step, tables, counts, backend)]
+        return TokenLearnerState(*(map(gather, fields) if gather else fields))
 
     def read(memory: Tensor, of_input: TokenLearnerState) -> Tensor:
         of_memory = pooled(p.read, (memory,), read_tables[:1], None, backend)

@@ -1,0 +1,194 @@
+"""What a training step of one long clip costs on 1 to 64 GPUs, without a GPU: bytes moved, flops, memory of a rank.
+
+python -m benchmarks.scale [--preset 3b] [--combiner current] [--frames 4096] [--gpus 1 8 64] [--largest 80 141]
+    [--tflops 400 --gbps 200 | --rates FILE]
+
+The step itself runs, `shard(SnippetParallel(Mirasol))` with AdamW as rank 0 of that many, on fake tensors and in a
+fake process group: every storage, matmul and message is counted, and nothing is computed. What is counted is exact for
+this code, but for what an allocator wastes and a kernel keeps for itself. Time is not counted: it is flops over a rate
+and bytes over a rate. --rates reads the rate of matmuls from a results file of a GPU (`ceilings`); --tflops and --gbps
+are assumptions, and are printed and written down as such. Without rates there are no times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import warnings
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from benchmarks import harness
+from benchmarks.sweep import configure, positive
+from mirasol_kernels import Ranks, SnippetLayout
+from mirasol_kernels.block_causal_attention.op import OP
+from mirasol_model import Mirasol, MirasolConfig
+from mirasol_model.config import PRESETS
+from mirasol_model.parallel import SnippetParallel, shard
+
+FPS, WORDS = 25, 256  # frames a second, which only the length of the sound depends on; tokens of text
+COMBINERS = ("current", "all")  # those whose flops are all matmuls and attention
+GB = 1e9
+
+
+def fake_model(config: MirasolConfig) -> Mirasol:
+    """Within FakeTensorMode: a model whose parameters have shapes and no values."""
+    with torch.device("meta"):  # initialisation looks at values, which a fake tensor refuses
+        model = Mirasol(config)
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, x in tensors.items():
+                if x is not None:
+                    empty = torch.empty(x.shape, dtype=x.dtype)
+                    tensors[name] = nn.Parameter(empty) if isinstance(x, nn.Parameter) else empty
+    return model
+
+
+@contextmanager
+def counted_attention() -> Iterator[dict[Any, Any]]:
+    """Formulas of the attention kernels' flops for FlopCounterMode: pairs that see each other, not rectangles."""
+    pairs: dict[int, tuple[int, Any]] = {}  # by the identity of a layout's tables; which are kept alive
+    tables = SnippetLayout.tables
+
+    def noted(self: SnippetLayout, device: Any = "cpu") -> Any:
+        made = tables(self, device)
+        pairs[id(made.k_ranges)] = (sum(row.seen for row in self._rows), made)
+        return made
+
+    def flops(matmuls: int, q: Tensor, v: Tensor, k_ranges: Tensor) -> int:
+        seen, _ = pairs[id(k_ranges)]
+        batch = q.shape[0] // len(k_ranges)
+        return matmuls * batch * q.shape[1] * seen * (q.shape[3] + v.shape[3])
+
+    def forward(q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, k_ranges: Tensor, *_: Any, **__: Any) -> int:
+        return flops(2, q, v, k_ranges)  # scores and values: 2 flops for each product of a pair
+
+    def backward(dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any, **_: Any) -> int:
+        return flops(5, q, v, rest[4])  # scores again, and the gradients of weights, q, k and v
+
+    for formula in (forward, backward):
+        formula._get_raw = True  # type: ignore[attr-defined]
+    native = next(b for b in OP.backends if b.name == "native").calls
+    with patch.object(SnippetLayout, "tables", noted):
+        yield {native["fwd"].overloadpacket: forward, native["bwd"].overloadpacket: backward}
+
+
+class Live(TorchDispatchMode):
+    """Bytes of all storages that are alive, now and at most; and what `fully_shard` receives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = self.received = 0
+        self.sizes: dict[int, int] = {}
+
+    def note(self, x: Any) -> None:
+        if not isinstance(x, Tensor):
+            return
+        storage = (x.to_local() if isinstance(x, DTensor) else x).untyped_storage()
+        if storage._cdata not in self.sizes:
+            weakref.finalize(storage, self.resize, storage._cdata)
+        self.resize(storage._cdata, storage.nbytes())
+
+    def resize(self, key: int, size: int | None = None) -> None:
+        """None: it is gone."""
+        self.now -= self.sizes.pop(key, 0)
+        if size is not None:
+            self.sizes[key] = size
+            self.now += size
+            self.peak = max(self.peak, self.now)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        tree_map(self.note, out)
+        if func.namespace == "c10d":  # a ring: all arrives but one's own; and as much, reduced on its way
+            sizes = sorted(x.numel() * x.element_size() for x in args[:2] if isinstance(x, Tensor))
+            if func._opname in ("_allgather_base_", "_reduce_scatter_base_"):
+                self.received += sizes[1] - sizes[0]
+        return out
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """`fully_shard` frees what it gathered by making storages empty."""
+        resize = torch.UntypedStorage.resize_
+
+        def noted(storage: torch.UntypedStorage, size: int) -> Any:
+            result = resize(storage, size)
+            if storage._cdata in self.sizes:
+                self.resize(storage._cdata, size)
+            return result
+
+        with patch.object(torch.UntypedStorage, "resize_", noted), self:
+            yield
+
+
+def step(config: MirasolConfig, frames: int, gpus: int) -> dict[str, Any]:
+    """Flops, bytes of memory and bytes received of rank 0 of `gpus` in one training step of one clip."""
+    dist.init_process_group("fake", rank=0, world_size=gpus, store=FakeStore())
+    try:
+        with ExitStack() as modes:
+            warnings.simplefilter("ignore")
+            mapping = modes.enter_context(counted_attention())
+            modes.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+            return _step(config, frames, gpus, mapping)
+    finally:
+        dist.destroy_process_group()
+
+
+def _step(config: MirasolConfig, frames: int, gpus: int, mapping: dict[Any, Any]) -> dict[str, Any]:
+    mesh = init_device_mesh("cpu", (gpus,))
+    size, snippets = config.video.size, -(-frames // config.video.frames)
+    model, ranks, live = fake_model(config), Ranks(mesh), Live()
+    parameters = sum(p.numel() for p in model.parameters())
+    with live.watching():
+        wrapped: nn.Module = shard(SnippetParallel(model, ranks), mesh) if gpus > 1 else model
+        optimizer = torch.optim.AdamW(wrapped.parameters(), foreach=False)
+        video = torch.empty(1, 3, frames, size, size, dtype=torch.uint8)
+        audio = torch.empty(1, frames * config.audio.sample_rate // FPS)
+        text, age = torch.ones(1, WORDS, dtype=torch.int64), np.arange(snippets, 0, -1)[None]
+        host = 0 if gpus == 1 else video.nbytes + audio.nbytes  # the whole clip is on the host, not on the device
+        tree_map(live.note, list(wrapped.parameters()))
+
+        def once() -> None:
+            with torch.autocast("cpu", torch.bfloat16):
+                out = wrapped(video, audio)
+                # Not as labels of `forward`, which looks at their values.
+                logits = model.text(text, model.text.remember(out.latents, age))
+                words = nn.functional.cross_entropy(logits.float().flatten(0, 1), text.flatten())
+            (out.loss + words).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        once()  # the optimiser has its states from here on
+        resting, live.peak, live.received, ranks.received = live.now, live.now, 0, 0
+        with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+            once()
+    return {
+        "gpus": gpus,
+        "frames": frames,
+        "snippets": snippets,
+        "parameters": parameters,
+        "flops": counter.get_total_flops(),
+        "tokens_received": ranks.received,
+        "parameters_received": live.received,
+        "resting_bytes": resting - host,
+        "peak_bytes": live.peak - host,
+    }

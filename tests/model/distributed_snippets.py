@@ -1,0 +1,118 @@
+"""A process of test_parallel.py: clips whose snippets lie on two and on three ranks, against one process.
+
+python -m tests.model.distributed_snippets
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from mirasol_kernels import Ranks
+from mirasol_model import Mirasol, MirasolOutput
+from mirasol_model.parallel import SnippetParallel, shard
+from tests.model.clips import VARIANTS, clip, model, words
+from tests.numerics import assert_close_fp64, assert_within_budget
+from tests.processes import world
+
+Call = dict[str, Any]
+
+
+def calls() -> dict[str, Call]:
+    """7 snippets of 4 frames: shared out evenly neither among 2 nor among 3 ranks."""
+    video, audio = clip(28, 2)
+    text = words(2)
+    whole = {"video": video, "audio": audio, "text": text, "labels": text}
+    ragged = {"frames": [26, 9], "has_audio": [False, True], "text": text, "labels": text}
+    return {
+        "whole": whole,
+        "ragged": {"video": video[:, :, :26], "audio": audio[:, : 26 * 640], **ragged},
+        "video": {"video": video, "audio": None},
+        "audio": {"video": None, "audio": audio, "frames": 28},
+    }
+
+
+def results(wrapped: torch.nn.Module, bare: Mirasol, call: Call, mean_over: int = 1) -> dict[str, torch.Tensor]:
+    """Everything that comes out, and the gradient of every parameter; mean_over: ranks whose mean is still to take."""
+    bare.zero_grad()
+    torch.manual_seed(3)  # of the tokens that are masked
+    out: MirasolOutput = wrapped(**call)
+    out.loss.backward()
+    made = {"loss": out.loss, "latents": out.latents, **({} if out.logits is None else {"logits": out.logits})}
+    made |= {f"{name} loss": loss for name, loss in out.losses.items() if loss is not None}
+    for name, parameter in bare.named_parameters():
+        grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        if isinstance(grad, DTensor):
+            grad = grad.full_tensor()
+        elif mean_over > 1:
+            dist.all_reduce(grad, group=wrapped.ranks.group)
+            grad = grad / mean_over
+        made[f"gradient of {name}"] = grad
+    return {name: x.detach().clone() for name, x in made.items()}
+
+
+def same(got: dict, expected: dict, what: str) -> None:
+    assert got.keys() == expected.keys(), what
+    for name, x in expected.items():
+        assert_close_fp64(got[name], x.to_local() if isinstance(x, DTensor) else x, what=f"{what}: {name}")
+
+
+def compare(ranks: Ranks, variant: str, recompute: str, names: list[str]) -> None:
+    torch.manual_seed(1)
+    made = model(variant, recompute=recompute).train()
+    spread = SnippetParallel(made, ranks)
+    every = calls()
+    for name in names:
+        expected = results(made, made, every[name])
+        same(results(spread, made, every[name], ranks.size), expected, f"{variant} {recompute} {name} {ranks.size}")
+
+
+def in_float32(ranks: Ranks, variant: str) -> None:
+    """Through the compiled kernels where they are: as near to float64 as one process in float32 is."""
+    torch.manual_seed(1)
+    made, call = model(variant), calls()["whole"]
+    exact = results(made, made, call)
+    made, call = made.float(), {name: x.float() if x.is_floating_point() else x for name, x in call.items()}
+    low, got = results(made, made, call), results(SnippetParallel(made, ranks), made, call, ranks.size)
+    for name, x in exact.items():
+        assert_within_budget(got[name], low[name], x, what=f"{variant} float32 {name}")
+
+
+def wrapped(kind: str, ranks: Ranks, mesh: DeviceMesh) -> None:
+    """DistributedDataParallel and `fully_shard` take the mean that is left to take."""
+    for variant in ("current", "all", "ttm"):
+        torch.manual_seed(1)
+        made = model(variant).train()
+        call = calls()["ragged"]
+        expected = results(made, made, call)
+        outer = shard(SnippetParallel(made, ranks), mesh, kind)
+        for _ in range(2):  # the second iteration is the one that a reducer in a wrong state fails
+            same(results(outer, made, call), expected, f"{kind} {variant}")
+
+
+def main() -> None:
+    with world() as rank:
+        pair = dist.new_group([0, 1])
+        three = Ranks()
+        if rank < 2:
+            two = Ranks(pair)
+            for variant in ("current", "all", "all-last", "ttm"):
+                compare(two, variant, "none", ["whole", "ragged"])
+            in_float32(two, "ttm")
+            in_float32(two, "all")
+        for variant in VARIANTS:
+            compare(three, variant, "none", ["ragged"])
+        for variant in ("all", "ttm", "perceiver"):
+            compare(three, variant, "snippet", ["whole", "ragged", "video", "audio"])
+        mesh = DeviceMesh("cpu", list(range(3)))
+        for kind in ("ddp", "fsdp"):
+            wrapped(kind, three, mesh)
+        print("all equal")
+
+
+if __name__ == "__main__":
+    main()

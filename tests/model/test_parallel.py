@@ -1,0 +1,100 @@
+"""The model on several processes: rows shared out, snippets shared out, and checkpoints for another number of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from mirasol_kernels import Ranks
+from mirasol_model.parallel import SnippetParallel, load, save, shard
+from tests.model import distributed_training as training
+from tests.model.clips import clip, model, words
+from tests.numerics import assert_close_fp64
+from tests.processes import run
+
+
+@pytest.fixture
+def mesh() -> Iterator[DeviceMesh]:
+    """A world of one process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_snippets_on_two_and_three_ranks(tmp_path: Path) -> None:
+    """Losses, logits, latents and the gradient of every parameter are those of one process, for every Combiner."""
+    assert all("all equal" in said for said in run("tests.model.distributed_snippets", 3, tmp_path))
+
+
+@pytest.mark.slow
+def test_training_on_several_ranks_and_going_on_with_another_number(tmp_path: Path) -> None:
+    """DistributedDataParallel and `fully_shard`: losses of one process; saved by 2, resumed by 3 and by 1, and back."""
+    checkpoints = str(tmp_path)
+    for number, process_folder in ((2, tmp_path / "two"), (3, tmp_path / "three")):
+        process_folder.mkdir()
+        run("tests.model.distributed_training", number, process_folder, checkpoints)
+    for number, saved in ((3, "fsdp2"), (2, "ddp3")):
+        process_folder = tmp_path / f"from {saved}"
+        process_folder.mkdir()
+        run("tests.model.distributed_training", number, process_folder, checkpoints, saved)
+    expected, single = training.alone()
+    for saved in ("ddp2", "fsdp3"):
+        made = training.made()
+        optimizer = training.adam(made)
+        load(tmp_path / saved, made, optimizer)
+        steps = range(training.BEFORE, training.BEFORE + training.AFTER)
+        for got, want in zip(training.train(made, optimizer, steps), expected[steps.start :], strict=True):
+            assert_close_fp64(got, want)
+        training.same_parameters(made, single)
+
+
+def test_a_checkpoint_of_another_model_or_not_complete_is_refused(tmp_path: Path) -> None:
+    made = training.made()
+    optimizer = training.adam(made)
+    training.train(made, optimizer, range(1))
+    save(tmp_path / "whole", made, optimizer)
+    assert made.latent.mask not in optimizer.state  # it had no gradient, and that is how it comes back
+    load(tmp_path / "whole", made, optimizer)
+    assert made.latent.mask not in optimizer.state and made.latent.slots in optimizer.state
+    other = model("perceiver")
+    with pytest.raises(ValueError, match=r"of this model, got one without .*combiner.latents"):
+        load(tmp_path / "whole", other, training.adam(other))
+    (tmp_path / "whole" / ".metadata").unlink()
+    with pytest.raises(ValueError, match=r"folder: expected a complete checkpoint, got .* without .metadata"):
+        load(tmp_path / "whole", made, optimizer)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_one_rank(mesh: DeviceMesh, kind: str) -> None:
+    """Of a wrapped model, too, whole and by snippets: `generate` asks the sharded parameters, and says the same."""
+    video, audio = clip(12, 2)
+    made, text = model(), words(2)
+    expected, said = made(video, audio, text, labels=text), made.generate(video, audio, text, 4)
+    outer = shard(SnippetParallel(made, Ranks(mesh)), mesh, kind)
+    out = outer(video, audio, text, labels=text)
+    for got, want in zip(
+        (out.loss, out.logits, out.latents), (expected.loss, expected.logits, expected.latents), strict=True
+    ):
+        assert_close_fp64(got.detach(), want.detach())
+    out.loss.backward()
+    assert torch.equal(made.generate(video, audio, text, 4), said)
+
+
+def test_errors(mesh: DeviceMesh) -> None:
+    made = model()
+    with pytest.raises(ValueError, match="mesh: expected one dimension, got 2"):
+        shard(made, init_device_mesh("cpu", (1, 1)))
+    with pytest.raises(ValueError, match="kind: expected 'ddp' or 'fsdp', got 'tp'"):
+        shard(made, mesh, "tp")
+    ranks = Ranks(mesh)
+    ranks.size = 4
+    with pytest.raises(ValueError, match="expected a snippet for each of 4 ranks, got 3"):
+        SnippetParallel(made, ranks)(*clip(12))
+    with pytest.raises(ValueError, match="labels: expected None without text"):
+        SnippetParallel(made, Ranks(mesh))(*clip(12), labels=words(1))
