@@ -1,0 +1,85 @@
+"""Lines of key ranges from a mask function, evaluated over blocks of query rows: the whole mask never exists."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mirasol_kernels import _ranges
+from mirasol_kernels._ranges import Lines
+
+MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+Evaluate = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # b (B,), h (2,), q (R,), k (Nk,): all int32
+
+PAIRS = 2**21  # of a row and a key, evaluated at once: a few 8 MB of indices, and calls that cost little beside them
+
+
+def vmapped(fn: MaskMod) -> Evaluate:
+    """fn of 0-dimensional indices, as FlexAttention defines it, over (b, h, q, k)."""
+    # `table[q]` with a mapped index; what FlexAttention wraps its own calls in, and has no public name
+    from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
+
+    for places in ((None, None, None, 0), (None, None, 0, None), (None, 0, None, None), (0, None, None, None)):
+        fn = torch.vmap(fn, in_dims=places)
+
+    def evaluate(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        with TransformGetItemToIndex():
+            return fn(b, h, q, k)
+
+    return evaluate
+
+
+def broadcast(fn: MaskMod) -> Evaluate:
+    """fn of indices that broadcast against each other: cheaper than vmap, for functions known to allow it."""
+
+    def evaluate(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return fn(b[:, None, None, None], h[:, None, None], q[:, None], k)
+
+    return evaluate
+
+
+def lines_of(
+    where: str, evaluate: Evaluate, q_len: int, k_len: int, batch: int = 1, device: torch.device | str = "cpu"
+) -> list[Lines]:
+    """Who sees whom: one `Lines`, or one per batch row where these differ.
+
+    Refuses a mask that is not bool or depends on the head, and the first row that sees more than four ranges.
+    """
+    b, h, k = (torch.arange(n, dtype=torch.int32, device=device) for n in (batch, 2, k_len))
+    step = max(1, PAIRS // max(1, k_len))
+    parts: list[list[Lines]] = []  # of each block of rows
+    for begin in range(0, q_len, step) if k_len else ():
+        q = torch.arange(begin, min(begin + step, q_len), dtype=torch.int32, device=device)
+        mask = evaluate(b, h, q, k)
+        if mask.dtype != torch.bool:
+            raise TypeError(f"{where}: fn: expected a mask function that gives bool, got {mask.dtype}")
+        if mask.shape[1] > 1 and mask.stride(1):  # a dimension that nothing depends on is expanded
+            raise ValueError(
+                f"{where}: fn: expected a mask that is the same for every head, got one that depends on it"
+            )
+        rows = mask[: 1 if mask.stride(0) == 0 else batch, 0].expand(-1, len(q), k_len)  # (1 or B, R, Nk)
+        parts.append([_ranges.at_most_four(where, _lines(row), begin) for row in rows])
+    if not parts:
+        return [Lines(np.unique([0, q_len]), np.zeros(1 + (q_len > 0), np.int64), np.zeros((0, 2), np.int64))]
+    alike = max(map(len, parts)) == 1
+    lines = [
+        _ranges.concatenate([(part[b if len(part) > 1 else 0], 0) for part in parts], k_len)
+        for b in range(1 if alike else batch)
+    ]
+    same = all(np.array_equal(a, b) for row in lines[1:] for a, b in zip(row, lines[0], strict=True))
+    return lines[:1] if same else lines
+
+
+def _lines(mask: Tensor) -> Lines:
+    """The lines of a block of the mask, bool (R, Nk)."""
+    rows, keys = mask.shape
+    changes = mask.new_empty(rows, keys + 1)  # at the first key of a range, and at the first behind it
+    changes[:, 0], changes[:, -1] = mask[:, 0], mask[:, -1]
+    torch.ne(mask[:, 1:], mask[:, :-1], out=changes[:, 1:-1])
+    # NumPy's search is twice as fast as torch's; from another device come only the places
+    at = np.flatnonzero(changes.numpy()) if mask.is_cpu else changes.flatten().nonzero()[:, 0].cpu().numpy()
+    line, place = np.divmod(at, keys + 1)
+    return _ranges.union(np.arange(rows + 1), line[::2], place[::2], place[1::2], keys)
