@@ -12,7 +12,8 @@ from mirasol_kernels import _ranges
 from mirasol_kernels._ranges import Lines
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-Evaluate = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # b (B,), h (2,), q (R,), k (Nk,): all int32
+# Of b (B,), h (2,), q (R,) and k (Nk,), int32.  Gives (B, 2, R, Nk); 1 or expanded where nothing depends on it.
+Evaluate = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 PAIRS = 2**21  # of a row and a key, evaluated at once: a few 8 MB of indices, and calls that cost little beside them
 
@@ -36,7 +37,7 @@ def broadcast(fn: MaskMod) -> Evaluate:
     """fn of indices that broadcast against each other: cheaper than vmap, for functions known to allow it."""
 
     def evaluate(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return fn(b[:, None, None, None], h[:, None, None], q[:, None], k)
+        return fn(b[:, None, None, None], h[:1, None, None], q[:, None], k.view(1, 1, 1, -1))
 
     return evaluate
 
