@@ -37,7 +37,7 @@ def broadcast(fn: MaskMod) -> Evaluate:
     """fn of indices that broadcast against each other: cheaper than vmap, for functions known to allow it."""
 
     def evaluate(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return fn(b[:, None, None, None], h[:1, None, None], q[:, None], k.view(1, 1, 1, -1))
+        return fn(b.view(-1, 1, 1, 1), h[:1].view(1, 1, 1, 1), q.view(1, 1, -1, 1), k.view(1, 1, 1, -1))
 
     return evaluate
 
