@@ -18,11 +18,13 @@ Evaluate = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 PAIRS = 2**21  # of a row and a key, evaluated at once: a few 8 MB of indices, and calls that cost little beside them
 
 
-def vmapped(fn: MaskMod) -> Evaluate:
+def vmapped(where: str, fn: MaskMod) -> Evaluate:
     """fn of 0-dimensional indices, as FlexAttention defines it, over (b, h, q, k)."""
     # `table[q]` with a mapped index; what FlexAttention wraps its own calls in, and has no public name
     from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 
+    if not callable(fn):
+        raise TypeError(f"{where}: fn: expected a function of (b, h, q, k), got {type(fn).__name__}")
     for places in ((None, None, None, 0), (None, None, 0, None), (None, 0, None, None), (0, None, None, None)):
         fn = torch.vmap(fn, in_dims=places)
 
@@ -50,7 +52,7 @@ def lines_of(
     Refuses a mask that is not bool or depends on the head, and the first row that sees more than four ranges.
     """
     b, h, k = (torch.arange(n, dtype=torch.int32, device=device) for n in (batch, 2, k_len))
-    step = max(1, PAIRS // max(1, k_len))
+    step = max(1, PAIRS // max(1, batch * k_len))
     parts: list[list[Lines]] = []  # of each block of rows
     for begin in range(0, q_len, step) if k_len else ():
         q = torch.arange(begin, min(begin + step, q_len), dtype=torch.int32, device=device)
@@ -58,29 +60,34 @@ def lines_of(
         if mask.dtype != torch.bool:
             raise TypeError(f"{where}: fn: expected a mask function that gives bool, got {mask.dtype}")
         if mask.shape[1] > 1 and mask.stride(1):  # a dimension that nothing depends on is expanded
-            raise ValueError(
-                f"{where}: fn: expected a mask that is the same for every head, got one that depends on it"
-            )
-        rows = mask[: 1 if mask.stride(0) == 0 else batch, 0].expand(-1, len(q), k_len)  # (1 or B, R, Nk)
-        parts.append([_ranges.at_most_four(where, _lines(row), begin) for row in rows])
+            raise ValueError(f"{where}: fn: expected a mask that is the same for every head, got one that is not")
+        mask = mask[: 1 if mask.stride(0) == 0 else batch, 0].expand(-1, len(q), k_len)  # (1 or B, R, Nk)
+        parts.append([_ranges.at_most_four(where, lines, begin) for lines in _lines(mask)])
     if not parts:
         return [Lines(np.unique([0, q_len]), np.zeros(1 + (q_len > 0), np.int64), np.zeros((0, 2), np.int64))]
-    alike = max(map(len, parts)) == 1
-    lines = [
-        _ranges.concatenate([(part[b if len(part) > 1 else 0], 0) for part in parts], k_len)
-        for b in range(1 if alike else batch)
-    ]
-    same = all(np.array_equal(a, b) for row in lines[1:] for a, b in zip(row, lines[0], strict=True))
-    return lines[:1] if same else lines
+    rows = parts[0]
+    if len(parts) > 1:
+        rows = [
+            _ranges.concatenate([(part[b if len(part) > 1 else 0], 0) for part in parts], k_len)
+            for b in range(max(map(len, parts)))
+        ]
+    alike = all(np.array_equal(a, b) for row in rows[1:] for a, b in zip(row, rows[0], strict=True))
+    return rows[:1] if alike else rows
 
 
-def _lines(mask: Tensor) -> Lines:
-    """The lines of a block of the mask, bool (R, Nk)."""
-    rows, keys = mask.shape
-    changes = mask.new_empty(rows, keys + 1)  # at the first key of a range, and at the first behind it
-    changes[:, 0], changes[:, -1] = mask[:, 0], mask[:, -1]
-    torch.ne(mask[:, 1:], mask[:, :-1], out=changes[:, 1:-1])
+def _lines(mask: Tensor) -> list[Lines]:
+    """Of a block of rows of the mask, bool (B, R, Nk): the lines of each batch row."""
+    batch, rows, keys = mask.shape
+    changes = mask.new_empty(batch, rows, keys + 1)  # at the first key of a range, and at the first behind it
+    changes[..., 0], changes[..., -1] = mask[..., 0], mask[..., -1]
+    torch.ne(mask[..., 1:], mask[..., :-1], out=changes[..., 1:-1])
     # NumPy's search is twice as fast as torch's; from another device come only the places
     at = np.flatnonzero(changes.numpy()) if mask.is_cpu else changes.flatten().nonzero()[:, 0].cpu().numpy()
     line, place = np.divmod(at, keys + 1)
-    return _ranges.union(np.arange(rows + 1), line[::2], place[::2], place[1::2], keys)
+    line, ranges = line[::2], place.reshape(-1, 2)
+    cuts = np.searchsorted(line, np.arange(batch + 1) * rows)
+    offsets = np.arange(rows + 1)
+    return [
+        _ranges.merged(offsets, line[cuts[b] : cuts[b + 1]] - b * rows, ranges[cuts[b] : cuts[b + 1]])
+        for b in range(batch)
+    ]

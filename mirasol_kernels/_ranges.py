@@ -60,8 +60,11 @@ def union(offsets: np.ndarray, line: np.ndarray, begin: np.ndarray, end: np.ndar
     n = len(begin)
     begin, end = begin[np.append(True, gap)[:n]], reach[np.append(gap, True)[:n]]
     line = begin // stride
-    ranges = np.stack([begin, end], 1) - (line * stride)[:, None]
+    return merged(offsets, line, np.stack([begin, end], 1) - (line * stride)[:, None])
 
+
+def merged(offsets: np.ndarray, line: np.ndarray, ranges: np.ndarray) -> Lines:
+    """Canonical lines from canonical ranges of the rows of `line`, in order: neighbours that are alike become one."""
     count = np.bincount(line, minlength=len(offsets) - 1)
     alike = np.append(False, count[1:] == count[:-1])[: len(count)]  # as the line before it
     at = np.flatnonzero(alike[line])

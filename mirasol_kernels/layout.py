@@ -257,7 +257,7 @@ class SnippetLayout:
         """
         where = "SnippetLayout.from_mask_mod"
         q_len, k_len = read_int(f"{where}: q_len", q_len), read_int(f"{where}: k_len", k_len)
-        evaluate, batch = _from_mask.vmapped(fn), read_int(f"{where}: batch", batch, 1)
+        evaluate, batch = _from_mask.vmapped(where, fn), read_int(f"{where}: batch", batch, 1)
         rows = _from_mask.lines_of(where, evaluate, q_len, k_len, batch, device)
         return cls("mask", rows, k_len, len(rows) if len(rows) > 1 else None)
 

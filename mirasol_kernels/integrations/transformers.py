@@ -29,6 +29,7 @@ from mirasol_kernels.block_causal_attention import block_causal_attention
 from mirasol_kernels.layout import SnippetLayout
 
 NAME = "mirasol"
+WHERE = f"{NAME}: attention mask"
 
 # What some models pass to their attention function and block_causal_attention does not do.
 REFUSED = {
@@ -107,8 +108,8 @@ def attention_mask_of(
     else:
         fn = mask_function if padding is None else and_masks(mask_function, padding_mask_function(padding))
         fn = add_offsets_to_mask_function(fn, offset, kv_offset)
-        evaluate = (_from_mask.vmapped if use_vmap else _from_mask.broadcast)(fn)
-        rows = _from_mask.lines_of(f"{NAME}: attention mask", evaluate, q_length, kv_length, batch_size, device)
+        evaluate = _from_mask.vmapped(WHERE, fn) if use_vmap else _from_mask.broadcast(fn)
+        rows = _from_mask.lines_of(WHERE, evaluate, q_length, kv_length, batch_size, device)
         layout = SnippetLayout("mask", rows, kv_length, len(rows) if len(rows) > 1 else None)
     return LayoutMask(layout.to(device), batch_size)
 
@@ -175,7 +176,6 @@ def _of_dense(mask: Tensor, batch: int) -> SnippetLayout:
         if not (hidden | (mask == 0)).all():
             raise ValueError(f"{NAME}: attention_mask: a bias of the scores: not served")
         mask = ~hidden
-    rows = _from_mask.lines_of(
-        f"{NAME}: attention mask", lambda b, h, q, k: mask[:, :, q], *mask.shape[2:], mask.shape[0], mask.device
-    )
-    return SnippetLayout("mask", rows, mask.shape[3], len(rows) if len(rows) > 1 else None)
+    b, _, q_len, k_len = mask.shape
+    rows = _from_mask.lines_of(WHERE, lambda b, h, q, k: mask[:, :, q], q_len, k_len, b, mask.device)
+    return SnippetLayout("mask", rows, k_len, len(rows) if len(rows) > 1 else None)
