@@ -155,6 +155,7 @@ def _causal(q_len: int, k_len: int, ahead: int) -> SnippetLayout:
     return SnippetLayout.cross(rows, np.diff(ends, prepend=0, append=k_len), np.arange(1, len(ends) + 1))
 
 
+@torch.compiler.disable
 def _of_no_mask(q_len: int, k_len: int, causal: bool, kwargs: dict[str, Any]) -> SnippetLayout:
     for name in ("sliding_window", "cu_seq_lens_q"):
         if kwargs.get(name) is not None:
@@ -166,11 +167,17 @@ def _of_no_mask(q_len: int, k_len: int, causal: bool, kwargs: dict[str, Any]) ->
     return _causal(q_len, k_len, 0)
 
 
+@torch.compiler.disable
 def _of_dense(mask: Tensor, batch: int) -> SnippetLayout:
     """The layout of a mask that somebody made himself.  Every layer does this again: let the mask interface make it."""
-    expected = f"{NAME}: attention_mask: expected what the mask interface gave, or (1 or {batch}, 1, Nq, Nk)"
-    if not isinstance(mask, Tensor) or mask.ndim != 4 or mask.shape[0] not in (1, batch) or mask.shape[1] != 1:
-        raise ValueError(f"{expected}, got {tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__}")
+    expected = (
+        f"{NAME}: attention_mask: expected what the mask interface gave, or bool or float (1 or {batch}, 1, Nq, Nk)"
+    )
+    if not isinstance(mask, Tensor):
+        raise ValueError(f"{expected}, got {type(mask).__name__}")
+    shaped = mask.ndim == 4 and mask.shape[0] in (1, batch) and mask.shape[1] == 1
+    if not shaped or not (mask.dtype == torch.bool or mask.is_floating_point()):
+        raise ValueError(f"{expected}, got {mask.dtype} {tuple(mask.shape)}")
     if mask.dtype != torch.bool:
         hidden = mask <= torch.finfo(mask.dtype).min
         if not (hidden | (mask == 0)).all():

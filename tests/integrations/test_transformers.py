@@ -386,8 +386,9 @@ def test_dense_masks_and_none() -> None:
     ("arguments", "message"),
     [
         ({"mask": torch.rand(1, 1, 4, 4)}, "attention_mask: a bias of the scores"),
-        ({"mask": torch.ones(2, 4, dtype=torch.bool)}, r"attention_mask: expected .*, got \(2, 4\)"),
-        ({"mask": torch.ones(2, 2, 4, 4, dtype=torch.bool)}, r"attention_mask: expected .*, got \(2, 2, 4, 4\)"),
+        ({"mask": torch.ones(2, 4, dtype=torch.bool)}, r"attention_mask: expected .*, got torch.bool \(2, 4\)"),
+        ({"mask": torch.ones(2, 2, 4, 4, dtype=torch.bool)}, r"attention_mask: expected .*, got .* \(2, 2, 4, 4\)"),
+        ({"mask": torch.ones(2, 1, 4, 4, dtype=torch.long)}, r"attention_mask: expected .*, got torch.int64 .*"),
         ({"mask": "causal"}, "attention_mask: expected .*, got str"),
         ({"mask": None, "k_len": 6}, "attention_mask: expected a mask for 4 queries and 6 keys, got None"),
         ({"mask": None, "sliding_window": 2}, "sliding_window: expected a mask of the mask interface"),
