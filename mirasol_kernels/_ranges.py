@@ -60,8 +60,11 @@ def union(offsets: np.ndarray, line: np.ndarray, begin: np.ndarray, end: np.ndar
     n = len(begin)
     begin, end = begin[np.append(True, gap)[:n]], reach[np.append(gap, True)[:n]]
     line = begin // stride
-    ranges = np.stack([begin, end], 1) - (line * stride)[:, None]
+    return merged(offsets, line, np.stack([begin, end], 1) - (line * stride)[:, None])
 
+
+def merged(offsets: np.ndarray, line: np.ndarray, ranges: np.ndarray) -> Lines:
+    """Canonical lines from canonical ranges of the rows of `line`, in order: neighbours that are alike become one."""
     count = np.bincount(line, minlength=len(offsets) - 1)
     alike = np.append(False, count[1:] == count[:-1])[: len(count)]  # as the line before it
     at = np.flatnonzero(alike[line])
@@ -202,6 +205,13 @@ def _picks(runs: np.ndarray, first: np.ndarray, last: np.ndarray, n: int) -> lis
     return [tuple(padded[np.where(first + i < last, first + i, -1)].T) for i in range(n)]  # type: ignore[misc]
 
 
+def seen_snippets(snippets: int, window: int | None, sink: int) -> tuple[np.ndarray, np.ndarray]:
+    """Snippet t sees the snippets first[t] .. t, and 0 .. sunk[t]-1."""
+    own = np.arange(snippets)
+    first = np.zeros_like(own) if window is None else np.maximum(own + 1 - min(window, snippets), 0)
+    return first, np.minimum(own + 1, min(sink, snippets))
+
+
 # -------------------------------------------------------------------- tables and pictures
 
 
@@ -274,6 +284,15 @@ def read_integers(what: str, values: Any, expected: str, kinds: str = "iu") -> n
     if array.size and array.dtype.kind not in kinds:
         raise TypeError(f"{what}: expected {expected}, got {array.dtype}")
     return array if array.size else array.astype(np.int64)  # NumPy takes an empty list for floats
+
+
+def at_most_four(where: str, lines: Lines, first: int = 0) -> Lines:
+    """`lines`, or an error that names the row with more ranges than kernels take; row 0 of them is row `first`."""
+    over = np.flatnonzero(lines.counts > MAX_RANGES)
+    if len(over):
+        row = first + lines.offsets[over[0]]
+        raise ValueError(f"{where}: expected at most {MAX_RANGES} separate key ranges per row, got more for row {row}")
+    return lines
 
 
 def read_lengths(what: str, values: Any, *, total: bool = True) -> np.ndarray:

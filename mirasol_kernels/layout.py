@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mirasol_kernels import _ranges
-from mirasol_kernels._ranges import MAX_RANGES, Lines, offsets_of, read_int, read_integers, read_lengths, read_slices
+from mirasol_kernels import _from_mask, _ranges
+from mirasol_kernels._from_mask import MaskMod
+from mirasol_kernels._ranges import Lines, offsets_of, read_int, read_integers, read_lengths, read_slices
 
 Ints = Sequence[int] | np.ndarray | Tensor
 Ranges = Sequence[tuple[int, int]] | np.ndarray | Tensor
@@ -144,7 +145,7 @@ class SnippetLayout:
         ends, own, tokens = offsets_of(sizes), np.arange(len(sizes)), int(sizes.sum())
         k_len = read_int(f"{where}: tokens of [clean | noisy]", 2 * tokens)
         limits = _window(where, window, sink)
-        first, sunk = _seen_snippets(len(sizes), *limits)
+        first, sunk = _ranges.seen_snippets(len(sizes), *limits)
         none = np.zeros_like(own)
         rows = _ranges.from_columns(
             np.append(sizes, sizes),
@@ -196,7 +197,7 @@ class SnippetLayout:
         window, _ = _window(where, window_tokens, 0, "window_tokens")
         kind = "block ids" + (f", window {window} tokens" if window else "")
         rows = [
-            _at_most_four(where, _ranges.of_blocks(row, keep, begin, end, window))
+            _ranges.at_most_four(where, _ranges.of_blocks(row, keep, begin, end, window))
             for row, keep in zip(np.atleast_2d(blocks), np.atleast_2d(allowed != 0), strict=True)
         ]
         return cls(kind, rows, k_len, len(blocks) if blocks.ndim == 2 else None)
@@ -243,7 +244,22 @@ class SnippetLayout:
             raise ValueError(f"{where}: k_ranges: expected {len(queries)} slices like q_ranges, got {len(keys)}")
         full = (queries[:, 0] < queries[:, 1]) & (keys[:, 0] < keys[:, 1])
         rows = _ranges.from_slices(q_len, queries[full], k_len, keys[full])
-        return cls(f"{len(queries)} slices", [_at_most_four(where, rows)], k_len)
+        return cls(f"{len(queries)} slices", [_ranges.at_most_four(where, rows)], k_len)
+
+    @classmethod
+    def from_mask_mod(
+        cls, fn: MaskMod, q_len: int, k_len: int, *, batch: int = 1, device: torch.device | str = "cpu"
+    ) -> SnippetLayout:
+        """Query row q of batch row b sees key k iff fn(b, h, q, k): a `mask_mod` of FlexAttention, the same for all h.
+
+        Evaluated for every pair, a block of rows at a time, on `device`: where the tensors are that fn reads.  A row
+        that then sees more than four separate ranges is an error.  Alike for all `batch` rows, it serves any batch.
+        """
+        where = "SnippetLayout.from_mask_mod"
+        q_len, k_len = read_int(f"{where}: q_len", q_len), read_int(f"{where}: k_len", k_len)
+        evaluate, batch = _from_mask.vmapped(where, fn), read_int(f"{where}: batch", batch, 1)
+        rows = _from_mask.lines_of(where, evaluate, q_len, k_len, batch, device)
+        return cls("mask", rows, k_len, len(rows) if len(rows) > 1 else None)
 
     @classmethod
     def packed(cls, layouts: Sequence[SnippetLayout]) -> SnippetLayout:
@@ -398,18 +414,11 @@ def _uniform(snippets: int, tokens: int, q_tokens: int, window: int | None, sink
 def _block_causal(
     kind: str, q_lengths: np.ndarray, k_lengths: np.ndarray, window: int | None, sink: int
 ) -> SnippetLayout:
-    ends, (first, sunk) = offsets_of(k_lengths), _seen_snippets(len(k_lengths), window, sink)
+    ends, (first, sunk) = offsets_of(k_lengths), _ranges.seen_snippets(len(k_lengths), window, sink)
     k_len = int(ends[-1])
     rows = _ranges.from_columns(q_lengths, k_len, (0, ends[sunk]), (ends[first], ends[1:]))
     ranges = 2 if window is not None and sink else 1
     return SnippetLayout(kind + _limits(window, sink), [rows], k_len, ranges=ranges)
-
-
-def _seen_snippets(snippets: int, window: int | None, sink: int) -> tuple[np.ndarray, np.ndarray]:
-    """Snippet t sees the snippets first[t] .. t, and 0 .. sunk[t]-1."""
-    own = np.arange(snippets)
-    first = np.zeros_like(own) if window is None else np.maximum(own + 1 - min(window, snippets), 0)
-    return first, np.minimum(own + 1, min(sink, snippets))
 
 
 def _window(where: str, window: Any, sink: Any, name: str = "window") -> tuple[int | None, int]:
@@ -418,14 +427,6 @@ def _window(where: str, window: Any, sink: Any, name: str = "window") -> tuple[i
 
 def _limits(window: int | None, sink: int) -> str:
     return "" if window is None else f", window {window}" + (f", sink {sink}" if sink else "")
-
-
-def _at_most_four(where: str, rows: Lines) -> Lines:
-    over = np.flatnonzero(rows.counts > MAX_RANGES)
-    if len(over):
-        row = rows.offsets[over[0]]
-        raise ValueError(f"{where}: expected at most {MAX_RANGES} separate key ranges per row, got more for row {row}")
-    return rows
 
 
 def _parts(where: str, layouts: Sequence[SnippetLayout]) -> list[SnippetLayout]:

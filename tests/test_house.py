@@ -58,7 +58,7 @@ def test_kernels(path):
         assert head not in {"mirasol_model", "benchmarks", "tests"}, f"{path.name} imports {name}"
         if head != "mirasol_kernels" or not rest:
             continue
-        if own[1] in {"_native", "_ranges", "_triton"}:
+        if own[1] in {"_from_mask", "_native", "_ranges", "_triton"}:
             assert rest[0].startswith("_"), f"{path.name} imports {name}"
         if own[1] == "_dispatch":
             assert rest[0] == "_native", f"_dispatch imports {name}"

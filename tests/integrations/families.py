@@ -1,0 +1,176 @@
+"""Tiny models of random weights, one per family that transformers has, and inputs for each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import transformers as hf
+from torch import Tensor
+
+BATCH, TOKENS, IMAGE = 2, 14, 63  # IMAGE: the token that stands for a piece of an image
+TEXT: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "eos_token_id": None,
+    "bos_token_id": 1,
+    "initializer_range": 0.2,  # of trained models: attention that looks somewhere
+}
+SIGLIP: dict[str, Any] = {
+    "model_type": "siglip_vision_model",
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 8,
+    "patch_size": 4,
+    "vision_use_head": False,
+}
+SLIDING_AND_FULL = ["sliding_attention", "full_attention"]
+
+
+@dataclass
+class Family:
+    build: Callable[[], hf.PreTrainedModel]
+    types: str | None = None  # the argument that says which tokens are of an image: causal OR same block
+    kinds: tuple[int, int] = (0, 1)  # its values for text and for images
+    images: int = 0  # per batch row, of 2 x 2 patches, that go through the vision tower; else image tokens alone
+    packs: bool = True  # position_ids that start again make several sequences of one
+    inputs: dict[str, Any] = field(default_factory=dict)
+
+
+def llama() -> hf.PreTrainedModel:
+    return hf.LlamaForCausalLM(hf.LlamaConfig(**TEXT, num_hidden_layers=2))
+
+
+def mistral() -> hf.PreTrainedModel:
+    return hf.MistralForCausalLM(hf.MistralConfig(**TEXT, num_hidden_layers=2, sliding_window=5))
+
+
+def llama4() -> hf.PreTrainedModel:
+    text = {k: v for k, v in TEXT.items() if k != "intermediate_size"}
+    config = hf.Llama4TextConfig(
+        **text,
+        intermediate_size=24,
+        intermediate_size_mlp=48,
+        num_hidden_layers=2,
+        num_local_experts=2,
+        attention_chunk_size=6,
+        layer_types=["chunked_attention", "full_attention"],
+    )
+    return hf.Llama4ForCausalLM(config)
+
+
+def gemma3_text() -> hf.PreTrainedModel:
+    return hf.Gemma3ForCausalLM(
+        hf.Gemma3TextConfig(**TEXT, num_hidden_layers=2, sliding_window=5, layer_types=SLIDING_AND_FULL)
+    )
+
+
+def gemma3() -> hf.PreTrainedModel:
+    config = hf.Gemma3Config(
+        text_config={**TEXT, "num_hidden_layers": 2, "sliding_window": 5, "layer_types": SLIDING_AND_FULL},
+        vision_config=SIGLIP,
+        mm_tokens_per_image=4,
+        image_token_index=IMAGE,
+    )
+    return hf.Gemma3ForConditionalGeneration(config)
+
+
+def gemma4() -> hf.PreTrainedModel:
+    config = hf.Gemma4Config(
+        text_config={
+            **TEXT,
+            "num_hidden_layers": 2,
+            "sliding_window": 5,
+            "layer_types": SLIDING_AND_FULL,
+            "global_head_dim": 16,  # published ones have 512, for which there is no kernel
+            "use_bidirectional_attention": "vision",
+            "vocab_size_per_layer_input": 64,
+            "hidden_size_per_layer_input": 8,
+        },
+        vision_config={"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
+                       "num_key_value_heads": 2, "head_dim": 8, "position_embedding_size": 16},
+        audio_config=None,
+        image_token_id=IMAGE, video_token_id=62, audio_token_id=61,
+    )  # fmt: skip
+    return hf.Gemma4ForConditionalGeneration(config)
+
+
+def paligemma() -> hf.PreTrainedModel:
+    text = {**TEXT, "model_type": "gemma", "num_hidden_layers": 2}
+    return hf.PaliGemmaForConditionalGeneration(
+        hf.PaliGemmaConfig(text_config=text, vision_config=SIGLIP, projection_dim=32, image_token_index=IMAGE)
+    )
+
+
+def molmo2() -> hf.PreTrainedModel:
+    config = hf.Molmo2Config(
+        text_config={**TEXT, "num_hidden_layers": 2, "additional_vocab_size": 8},
+        vision_config={"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+                       "num_key_value_heads": 2, "head_dim": 8, "image_size": [8, 8], "patch_size": 4},
+        adapter_config={"vision_feature_layer": [0, 1], "hidden_size": 16, "num_attention_heads": 2,
+                        "num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 24, "text_hidden_size": 32},
+        image_patch_id=IMAGE,
+    )  # fmt: skip
+    return hf.Molmo2ForConditionalGeneration(config)
+
+
+def qwen2_vl() -> hf.PreTrainedModel:
+    text = {k: v for k, v in TEXT.items() if k != "head_dim"}
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+    config = hf.Qwen2VLConfig(
+        text_config={**text, "num_hidden_layers": 2, "rope_parameters": rope},
+        vision_config={"depth": 2, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "patch_size": 4},
+        image_token_id=IMAGE, video_token_id=62, vision_start_token_id=61, vision_end_token_id=60,
+    )  # fmt: skip
+    return hf.Qwen2VLForConditionalGeneration(config)
+
+
+FAMILIES = {
+    "llama": Family(llama),
+    "mistral": Family(mistral),
+    "llama4": Family(llama4),
+    "gemma3_text": Family(gemma3_text),
+    "gemma3": Family(gemma3, "token_type_ids", images=2),
+    "gemma4": Family(gemma4, "mm_token_type_ids"),
+    "paligemma": Family(paligemma, "token_type_ids", kinds=(1, 0), images=1),
+    "molmo2": Family(molmo2, "mm_token_type_ids"),
+    "qwen2_vl": Family(qwen2_vl, packs=False),
+}
+
+
+def inputs_of(family: Family, padding: str) -> tuple[dict[str, Tensor], Tensor]:
+    """Arguments of the model, and which tokens (B, N) are real.  padding: none, left, right, or packed."""
+    ids = torch.randint(1, 60, (BATCH, TOKENS))
+    inputs: dict[str, Tensor] = {"input_ids": ids}
+    if family.types:
+        pieces = torch.zeros(BATCH, TOKENS, dtype=torch.bool)
+        starts = [4, 10][: family.images or 2]
+        for at in starts:
+            pieces[:, at : at + 4] = True
+        inputs[family.types] = torch.where(pieces, family.kinds[1], family.kinds[0])
+        if family.images:
+            ids[pieces] = IMAGE
+            inputs["pixel_values"] = torch.randn(BATCH * family.images, 3, 8, 8)
+    real = torch.ones(BATCH, TOKENS, dtype=torch.bool)
+    if padding == "left":
+        real[0, :3] = False
+    elif padding == "right":
+        real[1, -2:] = False
+        if family.types:  # what is padding is no image
+            inputs[family.types][~real] = family.kinds[0]
+    if padding in ("left", "right"):
+        ids[~real & (ids != IMAGE)] = 0
+        inputs["attention_mask"] = real.long()
+    elif padding == "packed":
+        inputs["position_ids"] = torch.cat([torch.arange(5), torch.arange(TOKENS - 5)]).expand(BATCH, -1)
+    return inputs, real
