@@ -1,5 +1,6 @@
 # make demo [CLIP=path]   the main job on the sample clip, or on yours
 # make test               everything CI checks
+# make docs               the site, in build/site
 # make clean              forget the environment and every build
 # All need Python >= 3.11; a C++ compiler makes them fast, and a CUDA toolkit adds the CUDA kernels.
 
@@ -13,7 +14,7 @@ key := $(shell printf '%s ' "$(cxx)" "$$(command -v "$${CUDACXX:-nvcc}")" "$$MIR
 installed := .venv/installed-$(key)
 cmake := .venv/bin/cmake -GNinja -S . -DCMAKE_MAKE_PROGRAM=$(CURDIR)/.venv/bin/ninja
 
-.PHONY: demo test lint csrc pytest clean
+.PHONY: demo test lint csrc pytest docs clean
 
 demo: $(installed)
 	$(python) -m benchmarks.sweep --frames 16 32 64 128 256 512 $(if $(CLIP),--clip "$(CLIP)")
@@ -40,6 +41,9 @@ endif
 # Two processes of one thread each: what the smallest machine in use has.
 pytest: $(installed) csrc
 	OMP_NUM_THREADS=1 $(python) -m pytest -n 2 --dist worksteal --durations 20
+
+docs: $(installed)
+	$(python) -m mkdocs build --strict --quiet
 
 # torch first: the build looks for it on the disk, and would otherwise download one of its own.
 $(installed): pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard csrc/*/*)
