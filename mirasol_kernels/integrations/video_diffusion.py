@@ -97,8 +97,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, block_mask: SnippetLayout, *, bac
     for name, x in (("q", q), ("k", k), ("v", v)):
         if isinstance(x, Tensor) and x.ndim != 4:
             raise ValueError(f"attention: {name}: expected (batch, tokens, heads, head_dim), got {tuple(x.shape)}")
-    heads_first = (x.transpose(1, 2) if isinstance(x, Tensor) else x for x in (q, k, v))  # (B, H, N, D), views
-    return block_causal_attention(*heads_first, block_mask, backend=backend).transpose(1, 2)
+    q, k, v = (x.transpose(1, 2) if isinstance(x, Tensor) else x for x in (q, k, v))  # (B, H, N, D), views
+    return block_causal_attention(q, k, v, block_mask, backend=backend).transpose(1, 2)
 
 
 class RollingCache:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention.flex_attention import create_mask
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -169,6 +170,18 @@ def test_no_copies(packed) -> None:
     assert [g.stride() for g in gradients] == [
         x.stride() if not packed else g.contiguous().stride() for x, g in zip((q, k, v), gradients, strict=True)
     ]
+
+
+def test_compiled() -> None:
+    """Without a graph break; videos of other lengths do not compile again."""
+    counter = CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+    compiled = torch.compile(attention, fullgraph=True, backend=counter)
+    for frames in range(3, 15, 3):
+        layout = chunk_causal(frames, 2, 3)
+        q, k, v = tensors(layout.q_len, torch.float32)
+        assert torch.equal(compiled(q, k, v, layout), attention(q, k, v, layout))
+    assert counter.frame_count <= 2
 
 
 # -------------------------------------------------------------------- streaming
