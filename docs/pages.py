@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = {"index.md": "README.md", "notes.md": "NOTES.md", "contributing.md": "CONTRIBUTING.md"}
 LINKS = {source: page for page, source in PAGES.items()}
 
-# Layouts small enough to see every snippet: code, layout, what it is for.
+# Layouts small enough to see every snippet, and what they are for.
 MASKS = {
     "Snippets": [
         ("SnippetLayout.uniform(6, 4)", "Block-causal: a snippet sees itself and all before it."),
@@ -57,7 +57,7 @@ NAMES = {
     "teacher_forcing": teacher_forcing,
     "text_per_chunk": text_per_chunk,
 }
-LIST_ITEM = re.compile(r"^(?=(?:[a-z_]\w*(?:, )?)+(?: \([^)\n]*\))?: )", re.M)
+LIST_ITEM = re.compile(r"(?:[a-z_]\w*(?:, )?)+(?: \([^)]*\))?: ")
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
