@@ -111,7 +111,7 @@ class RollingCache:
     relative RoPE, which rotates stored keys anew at every step.
 
     num_frames: with local_attn_size -1, how many frames there can be; more is an error, never a roll.
-    The rest as `attention`; for inference: nothing that passes through the cache carries a gradient.
+    What is stored carries no gradient; dtype and device are those of k and v.
     """
 
     def __init__(
@@ -145,8 +145,10 @@ class RollingCache:
 
         q: (B, n, Hq, D), k, v: (B, n, H, D), rotated; n is a number of whole frames, at most the window's.
         current_start: where the video so far ends; or, at a further denoising step, where the newest chunk began.
-        Returns (B, n, Hq, D), without gradient.  Raises ValueError or TypeError naming the argument before anything is
-        stored.
+        Returns (B, n, Hq, D).  Where q, k or v ask for gradients (Self-Forcing's training), they get them, and the
+        earlier frames are constants; this copies the keys that are seen, since the ring moves on before backward.  Not
+        under `torch.utils.checkpoint`, which would store the chunk once more in backward.
+        Raises ValueError or TypeError naming the argument before anything is stored.
         """
         for name, x in (("q", q), ("k", k), ("v", v)):
             if not isinstance(x, Tensor):
@@ -155,8 +157,6 @@ class RollingCache:
                 raise ValueError(
                     f"RollingCache: {name}: expected (batch, tokens, heads, head_dim), got {tuple(x.shape)}"
                 )
-            if x.requires_grad and torch.is_grad_enabled():
-                raise ValueError(f"RollingCache: {name}: expected no gradient (torch.no_grad()), got requires_grad")
         batch, tokens, heads, dim = k.shape
         if q.shape[:2] != k.shape[:2] or q.shape[3] != dim or q.shape[2] % max(1, heads):
             expected = f"(batch {batch}, tokens {tokens}, a multiple of {heads} heads, head_dim {dim}) like k"
@@ -174,9 +174,24 @@ class RollingCache:
                 f"RollingCache: current_start: expected at most {self.most} tokens in all (num_frames), got"
                 f" {current_start} + {tokens}"
             )
-        self.frames.append(k.transpose(1, 2), v.transpose(1, 2), replace=again)
+        learns = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+        earlier = self._before(current_start, tokens) if learns else ()
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, n, D), views
+        self.frames.append(k, v, replace=again)
         self.end = current_start + tokens
-        return self.frames.attend(q.transpose(1, 2), backend=backend).transpose(1, 2)
+        if not learns:
+            return self.frames.attend(q, backend=backend).transpose(1, 2)
+        k, v = (torch.cat([old, new], 2) for old, new in zip(earlier, (k, v), strict=True))
+        layout = SnippetLayout.cross([tokens], [k.shape[2]], [1])
+        return block_causal_attention(q, k, v, layout, backend=backend).transpose(1, 2)
+
+    def _before(self, start: int, tokens: int) -> list[Tensor]:
+        """Copies of the keys and values of earlier frames that a chunk of `tokens` at `start` sees, (B, H, m, D)."""
+        size, window, sink = self.frames.snippet_tokens, self.frames.window, self.frames.sink
+        first, end = start // size, (start + tokens) // size
+        seen = [*range(min(sink, first)), *range(max(sink, end - window), first)]
+        slots = [frame if frame < sink else sink + (frame - sink) % window for frame in seen]
+        return [x.unflatten(2, (-1, size))[:, :, slots].flatten(2, 3) for x in (self.frames.k, self.frames.v)]
 
     def reset(self) -> None:
         """Forget the video: the next chunk starts at 0."""
