@@ -1,7 +1,7 @@
 # make demo [CLIP=path]   the main job on the sample clip, or on yours
 # make test               everything CI checks
-# make docs               the site, in build/site
 # make clean              forget the environment and every build
+# make docs               the site, in build/site
 # All need Python >= 3.11; a C++ compiler makes them fast, and a CUDA toolkit adds the CUDA kernels.
 
 PYTHON ?= $(firstword $(foreach p,python3 python3.14 python3.13 python3.12 python3.11,\
@@ -14,7 +14,7 @@ key := $(shell printf '%s ' "$(cxx)" "$$(command -v "$${CUDACXX:-nvcc}")" "$$MIR
 installed := .venv/installed-$(key)
 cmake := .venv/bin/cmake -GNinja -S . -DCMAKE_MAKE_PROGRAM=$(CURDIR)/.venv/bin/ninja
 
-.PHONY: demo test lint csrc pytest docs clean
+.PHONY: demo test lint csrc pytest clean
 
 demo: $(installed)
 	$(python) -m benchmarks.sweep --frames 16 32 64 128 256 512 $(if $(CLIP),--clip "$(CLIP)")
@@ -42,6 +42,7 @@ endif
 pytest: $(installed) csrc
 	OMP_NUM_THREADS=1 $(python) -m pytest -n 2 --dist worksteal --durations 20
 
+.PHONY: docs
 docs: $(installed)
 	$(python) -m mkdocs build --strict --quiet
 
