@@ -1,6 +1,7 @@
 # make demo [CLIP=path]   the main job on the sample clip, or on yours
 # make test               everything CI checks
 # make clean              forget the environment and every build
+# make docs               the site, in build/site
 # All need Python >= 3.11; a C++ compiler makes them fast, and a CUDA toolkit adds the CUDA kernels.
 
 PYTHON ?= $(firstword $(foreach p,python3 python3.14 python3.13 python3.12 python3.11,\
@@ -40,6 +41,10 @@ endif
 # Two processes of one thread each: what the smallest machine in use has.
 pytest: $(installed) csrc
 	OMP_NUM_THREADS=1 $(python) -m pytest -n 2 --dist worksteal --durations 20
+
+.PHONY: docs
+docs: $(installed)
+	$(python) -m mkdocs build --strict --quiet
 
 # torch first: the build looks for it on the disk, and would otherwise download one of its own.
 $(installed): pyproject.toml setup.py CMakeLists.txt constraints.txt $(wildcard csrc/*/*)

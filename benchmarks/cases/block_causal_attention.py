@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.cases import DIRECTIONS, Truth
 from mirasol_kernels import SnippetLayout, block_causal_attention
+from mirasol_kernels.integrations.video_diffusion import chunk_causal, teacher_forcing, text_per_chunk
 
 RESULTS = ("out", "dq", "dk", "dv")
 EXACT_FLOPS = {"cpu": 1e10, "cuda": 1e13}  # a second or two of the reference
@@ -113,17 +115,40 @@ def small(*lengths: int) -> SnippetLayout:
     return SnippetLayout.ragged(lengths, window=2, sink=1)
 
 
+FIRST: dict[str, Any] = {"independent_first_frame": True}
+LONGLIVE: dict[str, Any] = {"local_attn_size": 12, "sink_size": 3}  # in frames: a window of 9 and the sink
+LONGLIVE_2: dict[str, Any] = {"local_attn_size": 40, "sink_size": 8}  # 28,160 keys and 7,040
 BOTH, GPU = ("cpu", "cuda"), ("cuda",)
 ring = partial(Case, heads=20, group=2, dim=64, kind="decode", directions=("forward",), devices=BOTH)
 magi = partial(Case, heads=8, group=6, dim=128, devices=GPU)
+vjepa = partial(Case, heads=16, dim=64)
+video = partial(Case, dim=128)
+FORWARD: dict[str, Any] = {"directions": ("forward",)}
 
 CASES = {
     case.name: case
     for case in (
-        Case("vjepa2_ac", "V-JEPA 2-AC", uniform(8, 258), 16, 64),
+        vjepa("vjepa2_ac", "V-JEPA 2-AC", uniform(8, 258)),
+        vjepa(
+            "vjepa2_plan_32", "V-JEPA 2-AC planning, 32 candidates", uniform(3, 258), batch=32, kind="plan", **FORWARD
+        ),
         Case("combiner_16", "Combiner `all`", uniform(16, 326), 16, 80, memory=DIRECTIONS),
         Case("combiner_64_last", "last layer of Combiner `all`", uniform(64, 326, q_tokens=32), 16, 80, devices=BOTH),
-        Case("wan_slice", "a slice of Wan-causal", uniform(8, 1560), 4, 128),
+        video("wan_slice", "a slice of Wan-causal", uniform(8, 1560), 4),
+        video("forcing_slice", "a slice of Wan's teacher forcing", partial(teacher_forcing, 12, 260, 3), 4),
+        video("first_frame_slice", "a slice of Wan, image to video", partial(chunk_causal, 21, 260, 4, **FIRST), 4),
+        video("window_slice", "a slice of LongLive, window and sink", partial(chunk_causal, 24, 260, 3, **LONGLIVE), 4),
+        video(
+            "text_slice", "a slice of LongLive 2, text per snippet", partial(text_per_chunk, [880] * 8, [512] * 8), 4
+        ),
+        video(
+            "video_decode_slice",
+            "a slice of Wan, the last frames",
+            partial(decode, 1560, 10920),
+            4,
+            kind="decode",
+            **FORWARD,
+        ),
         Case("small_snippets", "many small snippets", uniform(128, 32), 8, 64, devices=BOTH),
         Case("latent", "latent model of Mirasol", uniform(64, 32), 16, 80, devices=BOTH),
         Case("text_images", "Gemma-like text and images", text_and_images, 4, 256, group=2, devices=BOTH),
@@ -135,37 +160,59 @@ CASES = {
         ring("decode_32", "few queries", partial(decode, 32, 4352)),
         ring("decode_8", "few queries", partial(decode, 8, 4352)),
         ring("decode_1", "one query", partial(decode, 1, 4352)),
-        Case("vjepa2_ac_8", "V-JEPA 2-AC in training", uniform(8, 258), 16, 64, batch=8, devices=GPU),
-        Case("combiner_64", "Combiner `all`", uniform(64, 326), 16, 80, devices=GPU, memory=DIRECTIONS),
-        Case("wan_1b", "Wan-causal 1.3B", uniform(7, 4680), 12, 128, devices=GPU, memory=DIRECTIONS),
-        Case("wan_14b", "Wan-causal 14B", uniform(7, 4680), 40, 128, devices=GPU),
-        Case(
-            "wan_teacher",
-            "Wan-causal 1.3B, teacher forcing",
-            partial(SnippetLayout.teacher_forcing, [4680] * 7),
-            12,
-            128,
+        vjepa("vjepa2_ac_8", "V-JEPA 2-AC in training", uniform(8, 258), batch=8, devices=GPU),
+        vjepa("vjepa2_ac_extrinsics", "V-JEPA 2-AC with extrinsics", uniform(8, 259), batch=8, devices=GPU),
+        vjepa(
+            "vjepa2_plan",
+            "jepa-wms planning, 300 candidates",
+            uniform(3, 258),
+            batch=300,
+            kind="plan",
             devices=GPU,
+            **FORWARD,
         ),
-        Case(
+        Case("combiner_64", "Combiner `all`", uniform(64, 326), 16, 80, devices=GPU, memory=DIRECTIONS),
+        video("wan_1b", "Wan-causal 1.3B", uniform(7, 4680), 12, devices=GPU, memory=DIRECTIONS),
+        video("wan_14b", "Wan-causal 14B", uniform(7, 4680), 40, devices=GPU),
+        video(
+            "wan_teacher", "Wan-causal 1.3B, teacher forcing", partial(teacher_forcing, 21, 1560, 3), 12, devices=GPU
+        ),
+        video("wan_first_frame", "Wan, image to video", partial(chunk_causal, 21, 1560, 4, **FIRST), 12, devices=GPU),
+        video(
             "wan_decode",
             "Wan-causal 1.3B, the last frames",
             partial(decode, 4680, 32760),
             12,
-            128,
             kind="decode",
             devices=GPU,
-            directions=("forward",),
+            **FORWARD,
         ),
-        Case(
+        video("longlive", "LongLive, window and sink", partial(chunk_causal, 24, 1560, 3, **LONGLIVE), 12, devices=GPU),
+        video(
             "longlive2",
             "LongLive 2, teacher forcing",
-            partial(SnippetLayout.teacher_forcing, [7040] * 12, window=4, sink=1),
+            partial(teacher_forcing, 96, 880, 8, **LONGLIVE_2),
             24,
-            128,
+            devices=GPU,
+        ),
+        video(
+            "longlive2_decode",
+            "LongLive 2, window with its sink",
+            partial(decode, 7040, 28160),
+            24,
+            kind="decode",
+            devices=GPU,
+            **FORWARD,
+        ),
+        video(
+            "longlive2_text",
+            "LongLive 2, text per snippet",
+            partial(text_per_chunk, [7040] * 12, [512] * 12),
+            24,
             devices=GPU,
         ),
         magi("magi", "MAGI-1", uniform(5, 21600)),
+        magi("magi_decode", "MAGI-1, the last chunk", partial(decode, 21600, 108000), kind="decode", **FORWARD),
         magi("magi_8k", "48/8 heads, snippets of 2,048", uniform(4, 2048)),
         magi("magi_16k", "48/8 heads, snippets of 2,048", uniform(8, 2048)),
         magi("magi_32k", "48/8 heads, snippets of 2,048", uniform(16, 2048)),

@@ -70,20 +70,29 @@ class SnippetCache:
             self.v = torch.zeros(batch, heads, tokens, value_dim, dtype=dtype, device=device)
             self.position = torch.zeros(batch, dtype=torch.int32, device=device)  # snippets each row has seen
 
-    def append(self, k: Tensor, v: Tensor) -> None:
-        """Store the next snippet of every batch row.  k: (B, H, snippet_tokens, D), v: (B, H, snippet_tokens, Dv)."""
+    def append(self, k: Tensor, v: Tensor, *, replace: bool = False) -> None:
+        """Store the next r snippets of every batch row, r = 1 .. window.
+
+        k: (B, H, r * snippet_tokens, D), v: (B, H, r * snippet_tokens, Dv).
+        replace: they take the place of the r newest ones, which is what every further denoising step of a video chunk
+        does; a row that has fewer has none left but these.
+        """
+        count = k.shape[2] // self.snippet_tokens if isinstance(k, Tensor) and k.ndim == 4 else 1
+        count = min(max(count, 1), self.window)
         for name, x, ring in (("k", k, self.k), ("v", v, self.v)):
             self._check("append", name, x)
-            expected = (ring.shape[0], ring.shape[1], self.snippet_tokens, ring.shape[3])
+            expected = (ring.shape[0], ring.shape[1], count * self.snippet_tokens, ring.shape[3])
             if x.shape != expected:
                 raise ValueError(f"SnippetCache.append: {name}: expected {expected}, got {shape(x)}")
-        turn = torch.remainder(self.position - self.sink, self.window) + self.sink
-        slot = torch.where(self.position < self.sink, self.position, turn)  # (B,)
-        rows = torch.arange(len(slot), device=slot.device)
+        if replace:
+            self.position.sub_(count).clamp_(min=0)
+        at = self.position[:, None] + torch.arange(count, dtype=torch.int32, device=self.position.device)  # (B, r)
+        slot = torch.where(at < self.sink, at, torch.remainder(at - self.sink, self.window) + self.sink)
+        rows = torch.arange(len(slot), device=slot.device)[:, None]
         for x, ring in ((k, self.k), (v, self.v)):
-            slots = ring.unflatten(2, (-1, self.snippet_tokens)).transpose(1, 2)  # (B, slots, H, m, D), a view
-            slots[rows, slot] = x.detach()
-        self.position += 1
+            slots, new = (y.unflatten(2, (-1, self.snippet_tokens)).transpose(1, 2) for y in (ring, x))
+            slots[rows, slot] = new.detach()  # (B, slots, H, m, D), a view; (B, r, H, m, D)
+        self.position += count
 
     @overload
     def attend(

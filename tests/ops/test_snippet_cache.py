@@ -353,3 +353,24 @@ def test_an_error_changes_nothing() -> None:
         with pytest.raises((ValueError, TypeError)):
             cache.append(k, v)
     assert all(torch.equal(x, before[name]) for name, x in cache.state_dict().items())
+
+
+@settings(max_examples=50)
+@given(
+    window=st.integers(1, 4),
+    sink=st.integers(0, 3),
+    steps=st.lists(st.tuples(st.integers(1, 4), st.booleans()), min_size=1, max_size=8),
+)
+def test_several_at_a_time_and_again(window: int, sink: int, steps: list[tuple[int, bool]]) -> None:
+    """Several snippets in one call are as many calls; what is replaced might never have been there."""
+    tokens, kept = 2, []
+    cache = new(2, tokens, window, sink)
+    for count, again in steps:
+        q, k, v = stream(2, min(count, window), tokens)
+        cache.append(k, v, replace=again)
+        if again:
+            del kept[max(0, len(kept) - k.shape[2] // tokens) :]
+        kept += zip(k.split(tokens, 2), v.split(tokens, 2), strict=True)
+        seen = [torch.cat(x, 2) for x in zip(*kept[:sink], *kept[sink:][-window:], strict=True)]
+        layout = SnippetLayout.cross([q.shape[2]], [seen[0].shape[2]], [1])
+        assert_close_fp64(cache.attend(q), block_causal_attention(q, *seen, layout))
