@@ -13,7 +13,7 @@ from benchmarks.cases import DIRECTIONS, Truth
 from mirasol_kernels import SnippetLayout, block_causal_attention
 
 RESULTS = ("out", "dq", "dk", "dv")
-EXACT_FLOPS = {"cpu": 1e10, "cuda": 1e13}  # a second or two of the reference
+EXACT_FLOPS = {"cpu": 1e10, "cuda": 2e12}  # a second or two of the reference
 
 
 @dataclass(frozen=True)
