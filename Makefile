@@ -1,5 +1,6 @@
 # make demo [CLIP=path]   the main job on the sample clip, or on yours
 # make test               everything CI checks
+# make gpu-check          GPU tests and benchmarks with the torch that is here, in under 9 minutes; nothing is installed
 # make clean              forget the environment and every build
 # make docs               the site, in build/site
 # All need Python >= 3.11; a C++ compiler makes them fast, and a CUDA toolkit adds the CUDA kernels.
@@ -14,12 +15,17 @@ key := $(shell printf '%s ' "$(cxx)" "$$(command -v "$${CUDACXX:-nvcc}")" "$$MIR
 installed := .venv/installed-$(key)
 cmake := .venv/bin/cmake -GNinja -S . -DCMAKE_MAKE_PROGRAM=$(CURDIR)/.venv/bin/ninja
 
-.PHONY: demo test lint csrc pytest clean
+.PHONY: demo test gpu-check lint csrc pytest clean
 
 demo: $(installed)
 	$(python) -m benchmarks.sweep --frames 16 32 64 128 256 512 $(if $(CLIP),--clip "$(CLIP)")
 
 test: lint csrc pytest
+
+# With $(PYTHON) if its torch sees a GPU, else with the environment made here, if there is one.
+sees_gpu = $(shell $(1) -c 'import torch; print("yes" if torch.cuda.is_available() else "")' 2>/dev/null)
+gpu-check:
+	$(if $(call sees_gpu,$(PYTHON)),$(PYTHON),$(if $(wildcard $(python)),$(python),$(PYTHON))) -m benchmarks.gpu_check
 
 lint: $(installed)
 	.venv/bin/ruff check .

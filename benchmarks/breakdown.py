@@ -25,8 +25,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import harness
 from benchmarks.combiner import NAMES, sources_of, tokens_of, working
-from benchmarks.sweep import COMBINERS, SAMPLE, build, configure, first, load, positive
-from benchmarks.sweep import step as whole_step
+from benchmarks.sweep import positive
+from benchmarks.whole import COMBINERS, SAMPLE, build, configure, first, load
+from benchmarks.whole import step as whole_step
 from mirasol_model import MirasolConfig
 from mirasol_model.config import PRESETS
 from mirasol_model.media import Clip

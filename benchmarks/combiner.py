@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import harness
-from benchmarks.sweep import COMBINERS, FRAMES, configure, positive
+from benchmarks.sweep import positive
+from benchmarks.whole import COMBINERS, FRAMES, configure
 from mirasol_model import Mirasol, MirasolConfig
 from mirasol_model.combiner import Combiner, TransformerCombiner, build_combiner
 from mirasol_model.config import PRESETS, CombinerConfig

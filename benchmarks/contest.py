@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from mirasol_kernels import _check
 
 MOST_SETS = 64
 BEATEN = 3.0  # times as long as the fastest
+SMALL = 1e-3  # seconds: below it a call on a GPU is also timed in a CUDA graph, without what Python costs
 CACHES = 2  # the sets of inputs are as large as this many last-level caches, where MOST_SETS allows
 
 
@@ -57,6 +59,7 @@ class Candidate(NamedTuple):
     ours: bool
     results: tuple[Tensor, ...]  # of `problem.inputs`
     work: Callable[[], Any]  # one call, on the next set of inputs
+    calls: list[Callable[[], Any]]  # one on each set
 
 
 class Refusal(NamedTuple):
@@ -93,7 +96,8 @@ def taking_turns(call: Call, sets: Iterator[tuple[Tensor, ...]]) -> Callable[[],
 
 def enter(problem: Problem, peers: Sequence[Peer], warmup: float) -> tuple[list[Candidate], list[Refusal]]:
     """Everybody who can do this call, warm, with what they computed, and the reasons of the others."""
-    sets = itertools.cycle(input_sets(problem))
+    every = input_sets(problem)
+    sets = itertools.cycle(every)
     ready, refused = [], []
     for peer in peers:
         if problem.device not in peer.devices or problem.dtype not in peer.dtypes:
@@ -106,7 +110,8 @@ def enter(problem: Problem, peers: Sequence[Peer], warmup: float) -> tuple[list[
         work = call if hasattr(call, "clock") else taking_turns(call, sets)
         while spent < warmup:
             spent += harness.clock(work, problem.device)
-        ready.append(Candidate(peer.name, peer.ours, results, work))
+        calls: list[Callable[[], Any]] = [functools.partial(call, *inputs) for inputs in every]
+        ready.append(Candidate(peer.name, peer.ours, results, work, calls))
     return ready, refused
 
 
@@ -126,28 +131,50 @@ def floor(case: Any, dtype: torch.dtype, direction: str, limits: Mapping[str, fl
     return max(case.flops(direction) / gemm, case.bytes(direction, dtype) / limits["copy"])
 
 
+def in_graphs(
+    calls: Mapping[str, Sequence[Callable[[], Any]]], effort: Effort
+) -> tuple[dict[str, dict[str, float]], list[Refusal]]:
+    """The same calls, captured and replayed -> per candidate what its row gets, and who cannot be captured."""
+    recorded, refused = {}, []
+    for name, mine in calls.items():
+        try:
+            recorded[name] = harness.Recorded(mine)
+        except RuntimeError as failure:
+            refused.append(Refusal(name, f"not captured in a CUDA graph: {first_line(failure)}"))
+    timings = harness.interleave(recorded, rounds=effort.rounds, warmup=effort.warmup / 4, budget=effort.seconds / 2)
+    return {
+        name: {"graph_seconds": t.median, "graph_seconds_low": t.low, "graph_seconds_high": t.high}
+        for name, t in timings.items()
+    }, refused
+
+
 def compete(
     problem: Problem, peers: Sequence[Peer], limits: Mapping[str, float], effort: Effort
-) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """-> a row per candidate, and a note per one that has no time.  The caller sets gradients on or off."""
     case, dtype, direction = problem.case, problem.dtype, problem.direction
     key = {"case": case.name, "kind": case.kind, "dtype": dtype_name(dtype), "direction": direction}
     truth = case.truth(problem.inputs, direction)
     candidates, refusals = enter(problem, peers, effort.warmup)
-    notes = [key | refusal._asdict() for refusal in refusals]
+    notes: list[dict[str, Any]] = [key | refusal._asdict() for refusal in refusals]
     verdicts = {candidate.name: judge(candidate, truth) for candidate in candidates}
     for candidate in list(candidates):
         verdict = verdicts[candidate.name]
         if candidate.ours and not verdict["excess"] <= 1:
             said = f"wrong: error {max(verdict['errors'].values()):.1e} is {verdict['excess']:.1f} times its budget"
-            notes.append(key | Refusal(candidate.name, said)._asdict())
+            notes.append(key | Refusal(candidate.name, said)._asdict() | {"failed": True})
             candidates.remove(candidate)
     works = {candidate.name: candidate.work for candidate in candidates}
+    calls = {candidate.name: candidate.calls for candidate in candidates}
     ours = {candidate.name: candidate.ours for candidate in candidates}
     del candidates  # and with them the results, which may be large
     timings = harness.interleave(
         works, rounds=effort.rounds, warmup=0, budget=effort.seconds, beaten=BEATEN, device=problem.device
     )
+    graphs: dict[str, dict[str, float]] = {}
+    if problem.device != "cpu" and timings and min(timing.median for timing in timings.values()) < SMALL:
+        graphs, refused = in_graphs(calls, effort)
+        notes += [key | refusal._asdict() for refusal in refused]
     least = floor(case, dtype, direction, limits)
     rows = [
         key
@@ -163,6 +190,7 @@ def compete(
             "checked": truth.part,
         }
         | verdicts[name]
+        | graphs.get(name, {})
         for name, timing in timings.items()
     ]
     return rows, notes

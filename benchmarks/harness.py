@@ -79,12 +79,47 @@ def clock(work: Callable[[], Any], device: str = "cpu") -> float:
         start = time.perf_counter()
         work()
         return time.perf_counter() - start
+    return _between_events(work)
+
+
+def _between_events(work: Callable[[], Any]) -> float:
+    """Seconds on the GPU, whose cache holds nothing of use at the start."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    _larger_than_cache(torch.cuda.current_device()).zero_()
     begin.record()
     work()
     end.record()
     end.synchronize()
     return begin.elapsed_time(end) / 1e3
+
+
+@functools.cache
+def _larger_than_cache(device: int) -> torch.Tensor:
+    return torch.empty(2 * torch.cuda.get_device_properties(device).L2_cache_size, dtype=torch.uint8, device="cuda")
+
+
+class Recorded:
+    """Calls as one CUDA graph: what each takes on a GPU that does not wait for Python. For `clock` and `interleave`.
+
+    Raises RuntimeError where something in them cannot be captured.
+    """
+
+    def __init__(self, calls: Sequence[Callable[[], Any]]) -> None:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for call in calls:  # what a first call on a stream allocates, a capture must not
+                call()
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph, self.count = torch.cuda.CUDAGraph(), len(calls)
+        with torch.cuda.graph(self.graph):
+            self.results = [call() for call in calls]
+
+    def __call__(self) -> None:
+        self.graph.replay()
+
+    def clock(self) -> float:
+        return _between_events(self) / self.count
 
 
 class Memory(NamedTuple):
@@ -96,9 +131,15 @@ def peak_memory(prepare: Callable[..., Callable[[], Any]], *args: Any, device: s
     """Memory of `prepare(*args)()` in a fresh process, and what that call returned.
 
     prepare: importable by name (the process is spawned); it builds what is needed and returns the work to watch.
-    CPU: resident memory of the whole process, libraries included. GPU: what torch has allocated on the device.
-    Raises RuntimeError when the process fails or is killed.
+    CPU: resident memory of the whole process, libraries included. Raises RuntimeError when it fails or is killed.
+    GPU: what torch allocates for it on the device, which needs no process of its own.
     """
+    if device != "cpu":
+        others = torch.cuda.memory_allocated()
+        work = prepare(*args)
+        before = forget_peak(device)
+        result = work()
+        return Memory(before - others, _peak(device) - others), result
     context = multiprocessing.get_context("spawn")
     receive, send = context.Pipe(duplex=False)
     process = context.Process(target=_watched, args=(send, device, prepare, args))
@@ -153,6 +194,34 @@ def _status(field: str) -> int:
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
     raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+def joules() -> float | None:
+    """What the GPU has used so far, by NVML's counter; None where that is not to be had."""
+    try:
+        import pynvml
+    except ImportError:
+        return None
+    try:
+        pynvml.nvmlInit()
+        uuid = torch.cuda.get_device_properties(torch.cuda.current_device()).uuid
+        return pynvml.nvmlDeviceGetTotalEnergyConsumption(pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")) / 1e3
+    except pynvml.NVMLError:
+        return None
+
+
+def energy(work: Callable[[], Any], *, seconds: float = 1.0) -> float | None:
+    """Joules of one call on the GPU, the mean over so many seconds: the counter moves ten times a second."""
+    torch.cuda.synchronize()
+    start, before, calls = time.perf_counter(), joules(), 0
+    if before is None:
+        return None
+    while time.perf_counter() - start < seconds:
+        work()
+        torch.cuda.synchronize()
+        calls += 1
+    after = joules()
+    return None if after is None else (after - before) / calls
 
 
 def error(actual: Sequence[torch.Tensor], exact: Sequence[torch.Tensor]) -> float:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+import torch
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -17,7 +19,7 @@ from benchmarks.cases import NAMES
 from benchmarks.harness import threads
 
 INK = "#7d8590"  # a grey with enough contrast on white and on black; so are the colours
-COLOURS = {"native": "#2f81f7", "triton": "#2f81f7", "cuda": "#3fb950", "reference": "#db6d28"}
+COLOURS = {"native": "#2f81f7", "triton": "#2f81f7", "cuda": "#3fb950", "reference": "#db6d28", "compiled": "#a371f7"}
 PAGE: dict[Any, Any] = dict.fromkeys(
     ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK
 ) | {
@@ -174,3 +176,80 @@ def _ratio_panel(axes: Axes, bars: dict[str, list[tuple[str, float]]], colours: 
     axes.set_yticks([y for y, _ in ticks], [case for _, case in ticks], fontsize=8)
     axes.set_ylim(at - 0.5, -1)
     axes.set_xlabel("time of the peer / time of ours (1: equal, right of it ours is faster)", fontsize=8)
+
+
+def draw_roofline(measured: Sequence[tuple[dict[str, Any], dict[str, Any]]], path: Path) -> None:
+    """Every kernel of ours on one machine as a point under what that machine's GEMM and copy allow.
+
+    measured: reports of `benchmarks.run` and the cases of their op. Filled is forward, hollow forward + backward.
+    """
+    dtypes = list(dict.fromkeys(row["dtype"] for report, _ in measured for row in report["rows"] if row["ours"]))
+    machine = measured[0][0]["machine"]
+    with plt.rc_context(PAGE):
+        figure, panels = plt.subplots(
+            1, max(1, len(dtypes)), figsize=(6.4 * max(1, len(dtypes)), 5), layout="constrained", squeeze=False
+        )
+        figure.suptitle(f"our kernels, {machine.get('gpu', machine['cpu'])} ({threads(machine)})", fontsize=11)
+        for dtype, axes in zip(dtypes, panels[0], strict=False):
+            _roof(axes, [(report, cases) for report, cases in measured if _has(report, dtype)], dtype)
+        figure.savefig(path, dpi=150, transparent=True)
+        plt.close(figure)
+
+
+def _has(report: dict[str, Any], dtype: str) -> bool:
+    return any(row["dtype"] == dtype for row in report["rows"])
+
+
+OP_COLOURS = {"block_causal_attention": "#2f81f7", "token_learner": "#db6d28", "latent_recurrence": "#3fb950"}
+
+
+def _roof(axes: Axes, measured: Sequence[tuple[dict[str, Any], dict[str, Any]]], dtype: str) -> None:
+    spots = []
+    for report, cases in measured:
+        for row in report["rows"]:
+            case = cases.get(row["case"])
+            if row["ours"] and row["dtype"] == dtype and case is not None and row["candidate"] != "against":
+                flops = case.flops(row["direction"])
+                x = flops / case.bytes(row["direction"], getattr(torch, dtype))
+                spots.append((x, flops / row["seconds"] / 1e9, report["op"], row["case"], row["direction"]))
+    limits = measured[0][0]["ceilings"]
+    # Half precision may be widened on a CPU that has no instructions for it: what is faster is the roof.
+    gemm = max(limits[f"gemm {name}"] for name in {dtype, "float32"} if f"gemm {name}" in limits) / 1e9
+    copy = limits["copy"] / 1e9
+    left, right = min([gemm / copy, *(x for x, *_ in spots)]) / 2, max([gemm / copy, *(x for x, *_ in spots)]) * 4
+    axes.plot([left, gemm / copy, right], [left * copy, gemm, gemm], color=INK, linewidth=1.5)
+    axes.annotate(f"GEMM {gemm:,.0f} Gflop/s", (right, gemm), ha="right", va="bottom", fontsize=8, color=INK)
+    axes.annotate(f"copy {copy:,.0f} GB/s", (left, left * copy), va="top", fontsize=8, color=INK)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_ylim(min([left * copy, *(y for _, y, *_ in spots)]) / 3, gemm * 1.5)
+    for formatted in (axes.xaxis, axes.yaxis):
+        formatted.set_major_formatter(FuncFormatter(lambda at, _: f"{at:,g}"))
+        formatted.set_minor_formatter(FuncFormatter(lambda at, _: ""))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    for at, op in enumerate(dict.fromkeys(spot[2] for spot in spots)):
+        place = (0.98, 0.03 + 0.05 * at)
+        axes.annotate(op, place, xycoords="axes fraction", ha="right", fontsize=9, color=OP_COLOURS.get(op, INK))
+    for x, y, op, _, direction in spots:
+        colour = OP_COLOURS.get(op, INK)
+        filled = colour if direction == "forward" else "none"
+        axes.scatter([x], [y], s=22, facecolors=filled, edgecolors=colour, linewidths=1.2, zorder=3)
+    _name_spots(axes, [spot[:4] for spot in spots if spot[4] == "forward"])
+    axes.set_title(f"{dtype}; filled: forward, hollow: forward + backward", loc="left", fontsize=9)
+    axes.set_xlabel("useful work per byte of inputs and results (flop/byte)")
+    axes.set_ylabel("useful work per second (Gflop/s)")
+    axes.grid(color=INK, alpha=0.25, linewidth=0.6)
+
+
+def _name_spots(axes: Axes, spots: Sequence[tuple[float, float, str, str]]) -> None:
+    """A name beside each, moved down where another is."""
+    axes.figure.canvas.draw()
+    taken: list[tuple[float, float, float]] = []  # left, right, height in points
+    for x, y, op, case in sorted(spots, key=lambda spot: -spot[1]):
+        left, top = axes.transData.transform((x, y)) * 72 / axes.figure.dpi + (5, 0)
+        right, at = left + 3.6 * len(case), top
+        while any(a < right and left < b and abs(at - height) < 7 for a, b, height in taken):
+            at -= 1
+        taken.append((left, right, at))
+        colour, shift = OP_COLOURS.get(op, INK), (5, at - top)
+        axes.annotate(case, (x, y), xytext=shift, textcoords="offset points", fontsize=6, color=colour, va="center")

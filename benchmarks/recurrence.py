@@ -27,7 +27,8 @@ from tqdm import tqdm
 
 from benchmarks import harness
 from benchmarks.cases.latent_recurrence import CASES, Case, loop, step_flops
-from benchmarks.sweep import COMBINERS, configure, positive
+from benchmarks.sweep import positive
+from benchmarks.whole import COMBINERS, configure
 from mirasol_kernels.latent_recurrence import latent_recurrence
 from mirasol_kernels.latent_recurrence.reference import unit
 from mirasol_kernels.latent_recurrence.scan import default_segment

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
 import json
 import os
 import subprocess
@@ -117,7 +118,13 @@ def measure(options: argparse.Namespace, save: Callable[[dict[str, Any]], None],
                 case, DTYPES[dtype], direction, options.device, case.inputs(DTYPES[dtype], options.device, 0)
             )
             with torch.set_grad_enabled(direction == "backward"):
-                rows, notes = contest.compete(problem, peers, report["ceilings"], effort)
+                try:
+                    rows, notes = contest.compete(problem, peers, report["ceilings"], effort)
+                except Exception as failure:  # ours: this call has no numbers, and the others may
+                    if not options.keep_going:
+                        raise
+                    key = {"case": case.name, "kind": case.kind, "dtype": dtype, "direction": direction}
+                    rows, notes = [], [key | {"name": "ours", "reason": contest.first_line(failure), "failed": True}]
             del problem
             report["rows"] += rows
             report["notes"] += notes
@@ -164,6 +171,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--quick", action="store_true", help="small shapes, few rounds: does everything work?")
     parser.add_argument("--no-tests", dest="tests", action="store_false", help="do not run the op's tests first")
+    parser.add_argument("--keep-going", action="store_true", help="when ours fails in a call, go on with the next")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the files (default: out)")
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -208,8 +216,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     other = None
     try:  # what can be wrong with the arguments is found out before anything is measured
-        from benchmarks import plot  # needs matplotlib
-
         if options.isa and (code := with_isa(options.isa, arguments)) is not None:
             return code
         if options.isa and "not on this CPU" in instruction_set():
@@ -221,7 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.against:
             options.against, tree = against.checkout(options.against)
             other = against.Other(tree, options.threads)
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         print(f"run: {error}", file=sys.stderr)
         return 2
     if options.tests and red(options.op):
@@ -235,9 +241,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if other is not None:
             other.close()
     print(tables.summary(report))
-    drawn = plot.draw_ratios(report, files[1])
-    print(f"wrote {files[0]}" + (f" and {files[1]}" if drawn else "; there is no ratio to draw"))
-    return 0
+    print(f"wrote {files[0]}{drawn(report, files[1])}")
+    failed = [note for note in report["notes"] if note.get("failed")]
+    for note in failed:
+        print(f"run: {note['case']}, {note['dtype']}, {note['direction']}: {note['reason']}", file=sys.stderr)
+    return int(bool(failed))
+
+
+def drawn(report: dict[str, Any], path: Path) -> str:
+    if importlib.util.find_spec("matplotlib") is None:
+        return "; no picture, since matplotlib is not installed"
+    from benchmarks import plot
+
+    return f" and {path}" if plot.draw_ratios(report, path) else "; there is no ratio to draw"
 
 
 def write(report: dict[str, Any], path: Path) -> None:

@@ -7,185 +7,152 @@ from __future__ import annotations
 
 import argparse
 import copy
+import importlib.util
 import json
 import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
-import mirasol_kernels
 from benchmarks import harness
+from benchmarks.whole import (
+    COMBINERS,
+    COMPILED,
+    DTYPES,
+    FRAMES,
+    NOISE,
+    SAMPLE,
+    Job,
+    Results,
+    build,
+    configure,
+    first,
+    load,
+    prepare,
+    runner,
+    seconds_in_ops,
+    step,
+)
 from mirasol_model import Mirasol, MirasolConfig
 from mirasol_model.config import PRESETS
-from mirasol_model.media import Clip, read_clip
+from mirasol_model.media import Clip
 
-SAMPLE = harness.ROOT / "examples" / "sample.mp4"
-FRAMES = (16, 32, 64, 128, 256, 512)
-COMBINERS = {
-    "all": "a transformer over all snippets so far",
-    "current": "a transformer over the current snippet",
-    "ttm": "a Token Turing Machine",
-    "perceiver": "a Perceiver of the current snippet",
-    "token_learner": "a token learner of the current snippet",
-}
-Results = dict[str, list[torch.Tensor]]
 BACKENDS = {"cpu": ("native", "reference"), "cuda": ("triton", "cuda", "reference")}
-TEXT = b"Which ball hits the wall first, and which one rings the lowest?"
 TIMING_SECONDS = 4.0  # per size of clip, over all backends; at least three rounds
-EXACT_SECONDS = 45.0  # the float64 reference is left out where it would take longer
+EXACT_SECONDS = {"cpu": 45.0, "cuda": 5.0}  # the float64 reference is left out where it would take longer
+DOUBLE = {"float32": 2, "bfloat16": 16}  # times as long as in this dtype it takes, about
 
 
-class Job(NamedTuple):
-    """What one fresh process measures, and all that it needs to know."""
-
-    clip: str
-    preset: str
-    combiner: str
-    frames: int
-    backend: str
-    train: bool
-    device: str
-
-
-def configure(preset: str, combiner: str) -> MirasolConfig:
-    config = MirasolConfig.preset(preset).to_dict()
-    kind, context = ("transformer", combiner) if combiner in ("all", "current") else (combiner, "current")
-    config["combiner"] |= {"kind": kind, "context": context}
-    return MirasolConfig.from_dict(config)
-
-
-def build(config: MirasolConfig, device: str) -> Mirasol:
-    torch.manual_seed(0)
-    return Mirasol(config).to(device).eval()
-
-
-def load(path: str, config: MirasolConfig, frames: int) -> Clip:
-    return read_clip(path, frames=frames, size=config.video.size, sample_rate=config.audio.sample_rate)
-
-
-def first(clip: Clip, frames: int, device: str) -> Clip:
-    """The beginning of a clip, its sound cut to the same time."""
-    samples = 0 if clip.audio is None else frames * clip.audio.shape[0] // clip.video.shape[1]
-    audio = None if clip.audio is None else clip.audio[:samples].to(device)
-    return Clip(clip.video[:, :frames].to(device), audio, clip.fps)
-
-
-def step(model: Mirasol, clip: Clip, backend: str | None, train: bool) -> Results:
-    """One pass over the clip and a question about it; with `train` also back. -> what its error is measured on."""
-    like = next(model.parameters())
-    video = clip.video[None].to(like.dtype)  # (1, 3, frames, size, size)
-    audio = None if clip.audio is None else clip.audio[None].to(like.dtype)  # (1, samples)
-    text = torch.tensor([[3 + byte for byte in TEXT]], device=like.device)  # (1, L)
-    model.zero_grad()
-    with mirasol_kernels.use_backend(backend), torch.set_grad_enabled(train):
-        out = model(video, audio, text, labels=text if train else None)
-        if train:
-            out.loss.backward()
-    found = {"logits": [out.logits.detach()], "latents": [out.latents.detach()]}
-    if train:
-        found["gradients"] = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    return found
-
-
-def prepare(job: Job) -> Callable[[], int]:
-    """In a fresh process: everything but the step, whose memory is watched."""
-    config = configure(job.preset, job.combiner)
-    model, clip = build(config, job.device), first(load(job.clip, config, job.frames), job.frames, job.device)
-
-    def work() -> int:
-        step(model, clip, job.backend, job.train)
-        return sum(parameter.numel() for parameter in model.parameters())
-
-    return work
-
-
-def serving(model: Mirasol, clip: Clip, combiner: str, train: bool, device: str) -> tuple[list[str], list[str]]:
+def serving(
+    model: Mirasol, clip: Clip, combiner: str, options: argparse.Namespace, device: str
+) -> tuple[list[str], list[str]]:
     """-> the backends that run this model here, and why the others do not. Two passes each: they warm up as well."""
     serve, notes = [], []
     for backend in BACKENDS[device]:
         try:
             for _ in range(2):
-                step(model, first(clip, min(clip.video.shape[1], 16), device), backend, train)
+                step(model, first(clip, min(clip.video.shape[1], 16), device), backend, options.train)
             serve.append(backend)
         except NotImplementedError as refusal:
             notes.append(f"{combiner}: {refusal}")
-    return serve, notes
+    return serve + [COMPILED] * options.compile, notes
 
 
 def measure(
     clip: Clip, models: tuple[Mirasol, Mirasol], jobs: Sequence[Job], bar: tqdm
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """One size of clip on every backend. models: in float32, and the same weights in float64.
+    """One size of clip on every backend. models: in the dtype of the jobs, and the same weights in float64.
 
     -> rows of the table, and what could not be measured, with reasons.
     """
     model, exact_model = models
-    combiner, frames, train, device = jobs[0].combiner, jobs[0].frames, jobs[0].train, jobs[0].device
-    clip, notes = first(clip, frames, device), []
+    combiner, frames, _, train, device = jobs[0][2:7]
+    clip, notes, works = first(clip, frames, device), [], {}
     outputs: dict[str, Results] = {}
 
-    def run(backend: str) -> None:
-        outputs[backend] = step(model, clip, backend, train)
+    def run(name: str, call: Callable[..., Any], backend: str | None) -> None:
+        outputs[name] = step(model, clip, backend, train, call)
 
     bar.set_description(f"{frames} frames, {combiner}: timing")
-    candidates = {job.backend: partial(run, job.backend) for job in jobs}
-    timings = harness.interleave(candidates, warmup=0, budget=TIMING_SECONDS, device=device)
+    for job in jobs:
+        work = partial(run, job.backend, *runner(model, job.backend))
+        try:
+            if device != "cpu" or job.backend == COMPILED:
+                work()
+            works[job.backend] = work
+        except torch.OutOfMemoryError:
+            notes.append(f"{combiner}: {job.backend} has too little memory for {frames} frames")
+    timings = harness.interleave(works, warmup=0, budget=TIMING_SECONDS, device=device)
     bar.update(frames * len(jobs))
 
     bar.set_description(f"{frames} frames, {combiner}: float64")
     exact = None
-    if (expected := 2 * timings["reference"].median) <= EXACT_SECONDS:  # twice the bytes, half the flop/s
-        exact = step(exact_model, clip, "reference", train)
-        exact_model.zero_grad()
-    else:
+    expected = DOUBLE[jobs[0].dtype] * timings["reference"].median if "reference" in timings else float("inf")
+    if expected <= EXACT_SECONDS[device]:
+        try:
+            exact = step(exact_model, clip, "reference", train)
+            exact_model.zero_grad()
+        except torch.OutOfMemoryError:
+            expected = float("inf")
+    if exact is None:
         notes.append(f"{combiner}: no error at {frames} frames: float64 would take about {expected:.0f} s")
     bar.update(frames)
 
     rows = []
     for job in jobs:
-        bar.set_description(f"{frames} frames, {job.combiner}: memory of {job.backend}")
+        if job.backend not in timings:
+            continue
+        bar.set_description(f"{frames} frames, {combiner}: memory of {job.backend}")
         memory, parameters = harness.peak_memory(prepare, job, device=device)
         bar.update(frames)
-        error = exact and max(harness.error(outputs[job.backend][name], exact[name]) for name in exact)
-        timing = timings[job.backend]
-        rows.append(
-            {
-                "combiner": job.combiner,
-                "frames": frames,
-                "backend": job.backend,
-                "seconds": timing.median,
-                "seconds_low": timing.low,
-                "seconds_high": timing.high,
-                "rounds": timing.rounds,
-                "frames_per_second": frames / timing.median,
-                "peak_bytes": memory.peak,
-                "step_bytes": memory.peak - memory.before,
-                "error": error,
-                "parameters": parameters,
-            }
-        )
+        work, timing = works[job.backend], timings[job.backend]
+        row = {
+            "combiner": combiner,
+            "frames": frames,
+            "snippet": model.config.video.frames,
+            "backend": job.backend,
+            "seconds": timing.median,
+            "seconds_low": timing.low,
+            "seconds_high": timing.high,
+            "rounds": timing.rounds,
+            "frames_per_second": frames / timing.median,
+            "peak_bytes": memory.peak,
+            "step_bytes": memory.peak - memory.before,
+            "joules": None if device == "cpu" else harness.energy(work),
+            "error": exact and max(harness.error(outputs[job.backend][name], exact[name]) for name in exact),
+            "parameters": parameters,
+            "limit": None,
+        }
+        if "reference" in timings and job.backend not in ("reference", COMPILED):
+            row["speed_up"] = timings["reference"].median / timing.median
+            beyond = max(timing.median - seconds_in_ops(work, device), timing.median / 1000)
+            row["limit"] = timings["reference"].median / beyond
+        rows.append(row)
     return rows, notes
 
 
 HEADER = (
     f"{'frames':>6}  {'combiner':<13} {'backend':<9} {'ms':>8} {'10 .. 90 %':>17} {'frames/s':>8} "
-    f"{'peak MB':>8} {'step MB':>8} {'error':>8} {'parameters':>11}"
+    f"{'peak MB':>8} {'step MB':>8} {'error':>8} {'parameters':>11} {'speed-up':>8} {'limit':>6} {'joule':>7}"
 )
 
 
 def line(row: dict[str, Any]) -> str:
     spread = f"{row['seconds_low'] * 1e3:.1f} .. {row['seconds_high'] * 1e3:.1f}"
     error = "-" if row["error"] is None else f"{row['error']:.1e}"
-    return (
+    ratio, limit = (f"{row[key]:.2f}" if row.get(key) else "" for key in ("speed_up", "limit"))
+    joule = f"{row['joules']:.2f}" if row.get("joules") else ""
+    said = (
         f"{row['frames']:>6}  {row['combiner']:<13} {row['backend']:<9} {row['seconds'] * 1e3:>8.1f} {spread:>17} "
         f"{row['frames_per_second']:>8.1f} {row['peak_bytes'] / 1e6:>8.0f} {row['step_bytes'] / 1e6:>8.0f} "
-        f"{error:>8} {row['parameters']:>11,}"
+        f"{error:>8} {row['parameters']:>11,} {ratio:>8} {limit:>6} {joule:>7}"
     )
+    return said.rstrip()
 
 
 def introduction(report: dict[str, Any], config: MirasolConfig) -> str:
@@ -195,21 +162,28 @@ def introduction(report: dict[str, Any], config: MirasolConfig) -> str:
     task = "training step (forward and backward)" if report["train"] else "forward pass (no gradients)"
     sound = "with sound" if report["sound"] else "without sound"
     lines = (
-        f"Mirasol {report['preset']}, {task}, batch 1, float32, snippets of {config.video.frames} frames",
+        f"Mirasol {report['preset']}, {task}, batch 1, {report['dtype']}, snippets of {config.video.frames} frames",
         f"clip: {report['clip']}, {config.video.size} px, {report['fps']:g} frames/s, {sound}",
         f"{where}, torch {machine['torch']}; {gemm}, copy {limits['copy'] / 1e9:,.0f} GB/s",
         *(f"combiner {name}: {COMBINERS[name]}" for name in report["combiners"]),
         "peak: of a fresh process, step: what the step adds to it; error: against the float64 reference, relative",
+        "speed-up: over the reference; limit: what it would be if our ops took no time",
     )
     return "\n".join(lines)
 
 
-def sweep(options: argparse.Namespace, clip: Clip, device: str) -> dict[str, Any]:
-    """Measure, and print each row when it is known. -> the report: where it was measured, rows, notes."""
+def sweep(
+    options: argparse.Namespace, clip: Clip, device: str, save: Callable[[dict[str, Any]], None] = lambda report: None
+) -> dict[str, Any]:
+    """Measure, and print each row when it is known. -> the report: where it was measured, rows, notes.
+
+    save: gets it whenever it has grown.
+    """
     report: dict[str, Any] = {
         "machine": harness.machine(device),
         "ceilings": harness.ceilings(device),
         "preset": options.preset,
+        "dtype": options.dtype,
         "combiners": list(dict.fromkeys(options.combiner)),
         "train": options.train,
         "clip": Path(options.clip).name,
@@ -218,26 +192,32 @@ def sweep(options: argparse.Namespace, clip: Clip, device: str) -> dict[str, Any
         "rows": [],
         "notes": [],
     }
-    print(introduction(report, MirasolConfig.preset(options.preset)), HEADER, sep="\n\n", flush=True)
-    sizes, known = sorted(set(options.frames)), BACKENDS[device]
-    total = sum(sizes) * len(report["combiners"]) * (1 + 2 * len(known))
+    configs = {name: configure(options.preset, name, options.snippet) for name in report["combiners"]}
+    print(introduction(report, configs[report["combiners"][0]]), HEADER, sep="\n\n", flush=True)
+    sizes, known = sorted(set(options.frames)), len(BACKENDS[device]) + options.compile
+    total = sum(sizes) * len(report["combiners"]) * (1 + 2 * known)
     form = "{desc:<42} {percentage:3.0f}% |{bar}| {elapsed}, {remaining} left"
     with tqdm(total=total, bar_format=form, dynamic_ncols=True, disable=None) as bar:  # on a terminal only
-        for combiner in report["combiners"]:
-            model = build(configure(options.preset, combiner), device)
+        for combiner, config in configs.items():
+            model = build(config, device, options.dtype)
             models = model, copy.deepcopy(model).double()
-            backends, notes = serving(model, clip, combiner, options.train, device)
+            backends, notes = serving(model, clip, combiner, options, device)
             report["notes"] += notes
             for frames in sizes:
-                job = Job(str(options.clip), options.preset, combiner, frames, "", options.train, device)
+                job = Job(
+                    str(options.clip), options.preset, combiner, frames, "", options.train, device, options.dtype,
+                    options.snippet,
+                )  # fmt: skip
                 rows, notes = measure(clip, models, [job._replace(backend=name) for name in backends], bar)
                 for row in rows:
                     bar.write(line(row), file=sys.stdout)
+                sys.stdout.flush()
                 report["rows"] += rows
                 report["notes"] += notes
-                bar.update(2 * frames * (len(known) - len(backends)))
+                save(report)
+                bar.update(2 * frames * (known - len(backends)))
             counts = {row["parameters"] for row in report["rows"] if row["combiner"] == combiner}
-            assert len(counts) == 1, f"{combiner}: the parameter count depends on the length of the clip: {counts}"
+            assert len(counts) <= 1, f"{combiner}: the parameter count depends on the length of the clip: {counts}"
     return report
 
 
@@ -250,8 +230,11 @@ def positive(text: str) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sweep", description=__doc__.splitlines()[0])
     parser.add_argument("--frames", type=positive, nargs="+", default=list(FRAMES), help="sizes of the clip")
-    parser.add_argument("--clip", default=SAMPLE, help="a video file (default: the sample clip)")
+    parser.add_argument("--clip", default=SAMPLE, help=f"a video file, or {NOISE!r} (default: the sample clip)")
     parser.add_argument("--preset", choices=PRESETS, default="small")
+    parser.add_argument("--snippet", type=positive, help="frames of a snippet (default: the preset's)")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--compile", action="store_true", help="the reference through torch.compile as well")
     parser.add_argument(
         "--combiner",
         choices=COMBINERS,
@@ -265,22 +248,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     files = [options.out / "sweep.json", options.out / "sweep.png"]
     try:  # what can be wrong with the arguments is found out before anything is measured
-        from benchmarks import plot  # needs matplotlib
-
         options.out.mkdir(parents=True, exist_ok=True)
         if not os.access(options.out, os.W_OK):
             raise PermissionError(f"{options.out}: no permission to write into this folder")
-        clip = load(options.clip, MirasolConfig.preset(options.preset), max(options.frames))
+        clip = load(str(options.clip), configure(options.preset, "all", options.snippet), max(options.frames))
     except (OSError, ValueError, ImportError) as error:
         print(f"sweep: {error}", file=sys.stderr)
         return 2
-    report = sweep(options, clip, device)
+    report = sweep(options, clip, device, lambda now: write(now, files[0]))
+    write(report, files[0])
     for note in report["notes"]:
         print(f"note: {note}")
-    files[0].write_text(json.dumps(report, indent=1) + "\n")
+    if importlib.util.find_spec("matplotlib") is None:
+        print(f"wrote {files[0]}; no picture, since matplotlib is not installed")
+        return 0
+    from benchmarks import plot
+
     plot.draw(report, files[1])
     print(f"wrote {files[0]} and {files[1]}")
     return 0
+
+
+def write(report: dict[str, Any], path: Path) -> None:
+    path.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

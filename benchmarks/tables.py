@@ -97,6 +97,7 @@ def block(case: Any, rows: Sequence[Row], notes: Sequence[Row], direction: str, 
             f"  {row['candidate']:<20} {row['seconds'] * 1e3:>9,.2f} {low_high:>19} {row['rounds']:>6} "
             f"{row['flops_per_second'] / 1e9:>9,.1f} {row['of_floor']:>8.0%} {ratio:>7} "
             f"{max(row['errors'].values()):>8.1e}"
+            + (f"  {row['graph_seconds'] * 1e3:,.3f} ms in a CUDA graph" if "graph_seconds" in row else "")
         )
     lines += [f"  {note['name']:<20} {note['reason']}" for note in notes]
     if rows and not rows[0]["checked"].startswith("all "):

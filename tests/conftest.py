@@ -1,22 +1,25 @@
 """Every test starts from the same seed, and memory that nobody wrote holds NaN."""
 
+import importlib.util
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from typing import Any
 
-import hypothesis
 import pytest
 import torch
 
-# Derandomised: a red run is red again for whoever looks at it. A found failure becomes a named case.
-hypothesis.settings.register_profile(
-    "mirasol",
-    derandomize=True,
-    deadline=None,
-    suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.function_scoped_fixture],
-)
-hypothesis.settings.load_profile("mirasol")
+if importlib.util.find_spec("hypothesis"):  # `make gpu-check` runs where it may be absent
+    import hypothesis
+
+    # Derandomised: a red run is red again for whoever looks at it. A found failure becomes a named case.
+    hypothesis.settings.register_profile(
+        "mirasol",
+        derandomize=True,
+        deadline=None,
+        suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.function_scoped_fixture],
+    )
+    hypothesis.settings.load_profile("mirasol")
 
 
 def pytest_configure(config: pytest.Config) -> None:

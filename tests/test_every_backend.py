@@ -14,6 +14,7 @@ from mirasol_kernels._dispatch import Op
 from tests.numerics import assert_within_budget
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+ON = {"cpu": (), "cuda": (pytest.mark.gpu,)}
 Entry = tuple[Op, str, str, int]  # an op, a backend, the device it runs on, the number of a case
 
 
@@ -23,12 +24,12 @@ def entries(*, reference: bool) -> Iterator:
         names = [case.name for case in op.cases.cases("cpu")] if op.cases else []
         for b in op.backends:
             if b.absent:
-                skip = pytest.mark.skip(reason=f"{b.name}: {b.absent}")
-                yield pytest.param((op, b.name, b.device, 0), id=f"{op.name}-{b.name}", marks=skip)
+                marks = [pytest.mark.skip(reason=f"{b.name}: {b.absent}"), *ON[b.device]]
+                yield pytest.param((op, b.name, b.device, 0), id=f"{op.name}-{b.name}", marks=marks)
         runs = [(b.name, b.device) for b in op.backends if not b.absent] + [("reference", "cpu")] * reference
         for backend, device in runs:
             for number, name in enumerate(names):
-                yield pytest.param((op, backend, device, number), id=f"{op.name}-{backend}-{name}")
+                yield pytest.param((op, backend, device, number), id=f"{op.name}-{backend}-{name}", marks=ON[device])
 
 
 def case_of(entry: Entry, dtype: torch.dtype = torch.float32) -> Case:

@@ -98,7 +98,8 @@ def test_pieces_of_a_loop():
 
 def test_widened_peers_take_half_precision_only():
     for name, peer in PEERS.items():
-        assert (torch.float32 in peer.dtypes) != name.startswith("float32")
+        if "cpu" in peer.devices:
+            assert (torch.float32 in peer.dtypes) != name.startswith("float32")
 
 
 # The contest

@@ -15,7 +15,7 @@ from mirasol_kernels import SnippetLayout, block_causal_attention
 from mirasol_kernels.integrations.video_diffusion import chunk_causal, teacher_forcing, text_per_chunk
 
 RESULTS = ("out", "dq", "dk", "dv")
-EXACT_FLOPS = {"cpu": 1e10, "cuda": 1e13}  # a second or two of the reference
+EXACT_FLOPS = {"cpu": 1e10, "cuda": 2e12}  # a second or two of the reference
 
 
 @dataclass(frozen=True)

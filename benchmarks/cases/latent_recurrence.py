@@ -36,7 +36,7 @@ class Case:
     layers: int = 1
     mlp: int = 512
     kind: str = "machine"
-    devices: tuple[str, ...] = ("cpu",)
+    devices: tuple[str, ...] = ("cpu", "cuda")
     directions: tuple[str, ...] = DIRECTIONS
     memory: tuple[str, ...] = ("backward",)
 

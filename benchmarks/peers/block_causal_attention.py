@@ -1,10 +1,11 @@
 """Block-causal attention as it is done today, each way as fast as it goes, and ours.
 
-Not here: xformers 0.0.35 has no bias class for it, and a dense bias is `dense_mask`.
+Not here: a bias of xformers, which has no class for it, and a dense one is `dense_mask`.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import mirasol_kernels
@@ -155,8 +157,10 @@ def per_batch_row(x: Tensor, b: int, tables: int) -> Tensor:
     return x if tables == 1 else x[b : b + 1]
 
 
-def loop(problem: Problem) -> Call:
-    found = pieces(problem.case.layout, problem.dtype, problem.device)
+Attend = Callable[[Tensor, Tensor, Tensor, "Tensor | None"], Tensor]
+
+
+def of_torch(problem: Problem) -> Attend:
     group, learning = problem.case.group, problem.direction == "backward"
 
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -164,6 +168,52 @@ def loop(problem: Problem) -> Call:
             return sdpa(q, k, v, attn_mask=mask, enable_gqa=group > 1)
         folded = q.unflatten(1, (-1, group)).flatten(2, 3)  # (B, Hkv, g*n, D): keys are read once for all their heads
         return sdpa(folded, k, v).unflatten(2, (group, -1)).flatten(1, 2)
+
+    return attend
+
+
+def of_cudnn(problem: Problem) -> Attend:
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return sdpa(q, k, v, attn_mask=mask, enable_gqa=problem.case.group > 1)
+
+    return attend
+
+
+def of_flash_attn(problem: Problem) -> Attend:
+    from flash_attn import flash_attn_func
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        assert mask is None
+        return flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+
+    return attend
+
+
+def of_xformers(problem: Problem) -> Attend:
+    from xformers.ops import memory_efficient_attention
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, N, H, D)
+        if problem.case.group > 1:
+            k, v = (x.repeat_interleave(problem.case.group, 2) for x in (k, v))
+        assert mask is None
+        return memory_efficient_attention(q, k, v).transpose(1, 2)
+
+    return attend
+
+
+def not_installed(package: str, problem: Problem) -> str | None:
+    """And, since neither takes a mask of any alignment, that a run of tiny snippets needs one."""
+    if importlib.util.find_spec(package) is None:
+        return f"{package} is not installed"
+    if any(piece.mask is not None for mine in pieces(problem.case.layout, problem.dtype, "cpu") for piece in mine):
+        return "no masks, which runs of tiny snippets need"
+    return None
+
+
+def loop(problem: Problem, of: Callable[[Problem], Attend] = of_torch) -> Call:
+    found, attend = pieces(problem.case.layout, problem.dtype, problem.device), of(problem)
 
     def one(q: Tensor, k: Tensor, v: Tensor, mine: Sequence[Piece]) -> Tensor:
         outs = [
@@ -285,6 +335,11 @@ PEERS = {
         Peer("reference", partial(ours, "reference")),
         Peer("dense_mask", dense, partial(no_mask, 6)),
         Peer("per_snippet", loop),
+        Peer("cudnn_per_snippet", partial(loop, of=of_cudnn), devices=("cuda",), dtypes=HALF),
+        Peer(
+            "flash_attn", partial(loop, of=of_flash_attn), partial(not_installed, "flash_attn"), False, ("cuda",), HALF
+        ),
+        Peer("xformers", partial(loop, of=of_xformers), partial(not_installed, "xformers"), devices=("cuda",)),
         Peer("flash_per_snippet", flash_loop, no_flash, devices=("cpu",)),
         Peer("flex", flex, no_flex),
         Peer("float32_dense_mask", partial(widened, dense), partial(no_mask, 6), False, ("cpu",), HALF),

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from benchmarks.cases.latent_recurrence import Step, loop
 from benchmarks.peers import Call, Peer, Problem, anything
 from benchmarks.peers.token_learner import no_compiler
+from mirasol_kernels import use_backend
 from mirasol_kernels.latent_recurrence.scan import default_segment
 
 Run = Callable[[Sequence[Tensor], Tensor, Tensor], tuple[Tensor, Tensor]]  # of weights, state, inputs
@@ -42,6 +43,22 @@ def ours(problem: Problem) -> Call:
         return problem.case.ours(weights, state, x)
 
     return call_of(problem, run)
+
+
+def named(backend: str, problem: Problem) -> Call:
+    call = ours(problem)
+
+    def on_backend(*inputs: Tensor) -> tuple[Tensor, ...]:
+        with use_backend(backend):
+            return call(*inputs)
+
+    return on_backend
+
+
+def no_kernel(problem: Problem) -> str | None:
+    if problem.case.kind == "scan":
+        return "the step is PyTorch's, not ours"
+    return "forward only" if problem.direction == "backward" else None
 
 
 # PyTorch
@@ -105,6 +122,7 @@ PEERS = {
     peer.name: peer
     for peer in (
         Peer("ours", ours, anything, True, dtypes=FLOAT),
+        Peer("cuda", partial(named, "cuda"), no_kernel, True, ("cuda",), FLOAT),
         Peer("eager", eager, dtypes=FLOAT),
         Peer("compile", compiled, no_compiler, dtypes=FLOAT),
         Peer("checkpoint_step", per_step, only_backward, dtypes=FLOAT),

@@ -244,6 +244,7 @@ def test_export(backend: str, strict: bool) -> None:
         assert torch.equal(module(x), block(x))
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("backend", ON_GPU)
 def test_cuda_graph(backend: str) -> None:
     """A step, forward and backward, is captured once and replayed on new numbers."""

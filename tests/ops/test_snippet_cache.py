@@ -253,6 +253,7 @@ def test_a_step_on_meta_tensors() -> None:
     assert out.device.type == "meta" and out.shape == (2, 4, 3, 6)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("backend", ON_GPU)
 def test_cuda_graph(backend: str) -> None:
     """One graph of a step, replayed, is the stream."""

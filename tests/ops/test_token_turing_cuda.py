@@ -62,6 +62,7 @@ def test_the_library_has_it() -> None:
     assert named[0] == [*named[1], ("stream", "int")] and len(raw.returns) == len(declared.returns)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(ABSENT is not None, reason=f"cuda: {ABSENT}")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @torch.no_grad()
@@ -80,6 +81,7 @@ def test_forward(case: Any) -> None:
         assert_within_budget(out.cpu(), low[f"out{i}"], exact[f"out{i}"], what=f"out{i}")
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(ABSENT is not None, reason=f"cuda: {ABSENT}")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @torch.no_grad()

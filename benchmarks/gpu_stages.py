@@ -1,0 +1,148 @@
+"""What `benchmarks.gpu_check` runs, in order.
+
+On "cpu", which is for its tests, small things of the same kind.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from benchmarks import harness
+
+WORK = harness.ROOT / "build" / "gpu-check"
+SANITIZERS = ("memcheck", "racecheck")
+# In the order of their worth: where time runs short, the last are missing.
+SHAPES = {
+    "attention": "combiner_64 wan_1b vjepa2_ac_8 magi_32k combiner_64_last small_snippets latent window_sink "
+    "text_images short_clips wan_teacher magi_8k magi_16k decode_256 decode_1 decode_32 decode_8 "
+    "wan_decode wan_14b longlive2 magi",
+    "attention-flex": "combiner_64 wan_1b vjepa2_ac_8 magi_32k latent window_sink text_images magi_8k",
+    "token-learner": "snippets writes snippets_1280",
+    "token-learner-compile": "snippets writes",
+    "recurrence": "machine_512 machine_384 machine_512_batch machine_768 block",
+    "recurrence-compile": "machine_512 machine_384",
+}
+NOT_FLEX = [
+    "cuda",
+    "dense_mask",
+    "per_snippet",
+    "cudnn_per_snippet",
+    "flash_attn",
+    "xformers",
+]  # what compiles comes later
+
+
+PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+NO_PLUGINS = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+
+
+class Stage(NamedTuple):
+    name: str
+    seconds: float  # after which it is stopped, together with what those before it left
+    command: Sequence[str]
+    result: Path | None = None  # JSON that the command writes as it goes
+    missing: str | None = None  # why it cannot run here
+    environment: Mapping[str, str] = {}
+
+
+def stages(device: str) -> list[Stage]:
+    ours = "triton" if device == "cuda" else "native"
+    others = NOT_FLEX if device == "cuda" else ["dense_mask", "per_snippet"]
+    steps = ["ours", *(["cuda"] if device == "cuda" else []), "eager", "checkpoint_step", "checkpoint_segment"]
+    return [
+        build(device),
+        tests(),
+        op("attention", "block_causal_attention", 85, device, "bfloat16", "--peer", ours, *others),
+        op("token-learner", "token_learner", 20, device, "bfloat16", "--peer", ours, "reference", "eager"),
+        op("recurrence", "latent_recurrence", 20, device, "float32", "--peer", *steps),
+        model("forward", 20, device, "--combiner", "all"),
+        model("training", 25, device, "--combiner", "all", "--train"),
+        op("attention-flex", "block_causal_attention", 50, device, "bfloat16", "--peer", ours, "flex"),
+        op("token-learner-compile", "token_learner", 20, device, "bfloat16", "--peer", ours, "compile"),
+        op("recurrence-compile", "latent_recurrence", 20, device, "float32", "--peer", "ours", "compile"),
+        *(sanitizer(tool) for tool in SANITIZERS),
+        model("combiners", 15, device, "--combiner", "current", "ttm", "perceiver", "token_learner", "--train"),
+        model("compiled", 0, device, "--train", "--compile"),  # if anything is left
+    ]
+
+
+def build(device: str) -> Stage:
+    """The CUDA kernels, into the tree. The CPU's have no part in this check."""
+    tools = {tool: tool_of(tool) for tool in ("cmake", "nvcc", "ninja")}
+    absent = [tool for tool in (("cmake", "nvcc") if device == "cuda" else ("cmake",)) if tools[tool] is None]
+    into = harness.ROOT / "mirasol_kernels" if device == "cuda" else WORK / "built"
+    settings = {
+        "MIRASOL_LIBRARY": device, "MIRASOL_TORCH": Path(torch.__file__).parent, "MIRASOL_TESTS": "OFF",
+        "CMAKE_LIBRARY_OUTPUT_DIRECTORY": into,
+    }  # fmt: skip
+    environment = {}
+    if device == "cuda":
+        settings["CMAKE_CUDA_COMPILER"] = tools["nvcc"]
+        environment = {"TORCH_CUDA_ARCH_LIST": architecture(torch.cuda.get_device_capability())}
+    folder = str(WORK / f"cmake-{device}")
+    configure = [tools["cmake"] or "cmake", "--fresh", "-S", str(harness.ROOT), "-B", folder]
+    configure += [*(["-GNinja"] if tools["ninja"] else []), *(f"-D{key}={x}" for key, x in settings.items())]
+    make = ["cmake", "--build", folder, "--target", f"native_{device}", "--parallel", str(os.cpu_count())]
+    command = ["sh", "-c", f"{shlex.join(configure)} && {shlex.join(make)}"]
+    missing = f"not here: {', '.join(absent)}" if absent else None
+    return Stage("build", 75, command, missing=missing, environment=environment)
+
+
+def architecture(capability: tuple[int, int]) -> str:
+    """As TORCH_CUDA_ARCH_LIST names it; Hopper's own instructions need the a."""
+    major, minor = capability
+    return f"{major}.{minor}" + "a" * (major == 9)
+
+
+def tests() -> Stage:
+    """The files in which anything is marked as needing a GPU, with no plugins but those we name."""
+    files = sorted((harness.ROOT / "tests").rglob("test_*.py"))
+    marked = [str(file.relative_to(harness.ROOT)) for file in files if "mark.gpu" in file.read_text()]
+    workers = [] if without("xdist") else ["-p", "xdist.plugin", "-n", str(min(8, os.cpu_count() or 1))]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "--tb=short", "--color=no", "-p", "no:cacheprovider"]
+    command += ["--continue-on-collection-errors", *workers, *marked]
+    deterministic = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    return Stage("tests", 110, command, missing=without("pytest"), environment=deterministic | NO_PLUGINS)
+
+
+def op(name: str, of: str, seconds: float, device: str, dtype: str, *options: str) -> Stage:
+    out = WORK / name
+    command = [sys.executable, "-m", "benchmarks.run", of, "--device", device, "--no-tests", "--keep-going"]
+    command += ["--dtype", dtype, "--seconds", "1", "--out", str(out), *options]
+    command += ["--case", *SHAPES[name].split()] if device == "cuda" else ["--quick"]
+    return Stage(name, seconds, command, out / f"{of}.json", without("tqdm"))
+
+
+def model(name: str, seconds: float, device: str, *options: str) -> Stage:
+    out = WORK / name
+    size = ["base", "--dtype", "bfloat16", "--frames", "64", "512"] if device == "cuda" else ["tiny", "--frames", "8"]
+    command = [sys.executable, "-m", "benchmarks.sweep", "--clip", "noise", "--preset", *size, "--out", str(out)]
+    return Stage(name, seconds, [*command, *options], out / "sweep.json", without("tqdm", "huggingface_hub"))
+
+
+def sanitizer(tool: str) -> Stage:
+    """Every kernel once, small, each tensor an allocation of its own."""
+    found = tool_of("compute-sanitizer")
+    missing = None if found else "there is no compute-sanitizer"
+    command = [found or "compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
+    command += [sys.executable, "-m", "benchmarks.gpu_kernels"]
+    return Stage(tool, 20, command, missing=missing, environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+
+
+def tool_of(name: str) -> str | None:
+    """A program of this Python's environment, of the PATH, or of the CUDA toolkit in its usual place."""
+    return shutil.which(name, path=os.pathsep.join([PATH, "/usr/local/cuda/bin"]))
+
+
+def without(*packages: str) -> str | None:
+    absent = [name for name in packages if importlib.util.find_spec(name) is None]
+    return f"not installed: {', '.join(absent)}" if absent else None

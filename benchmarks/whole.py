@@ -1,0 +1,132 @@
+"""The whole model on a clip: what `sweep`, `breakdown` and `combiner` measure, built and fed in one way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+import mirasol_kernels
+from benchmarks import harness
+from mirasol_model import Mirasol, MirasolConfig
+from mirasol_model.media import Clip, read_clip
+
+SAMPLE = harness.ROOT / "examples" / "sample.mp4"
+NOISE = "noise"  # in the place of a file: a clip of any length, which no time depends on and nothing has to decode
+NOISE_FPS = 25.0
+FRAMES = (16, 32, 64, 128, 256, 512)
+COMBINERS = {
+    "all": "a transformer over all snippets so far",
+    "current": "a transformer over the current snippet",
+    "ttm": "a Token Turing Machine",
+    "perceiver": "a Perceiver of the current snippet",
+    "token_learner": "a token learner of the current snippet",
+}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+COMPILED = "compiled"  # the reference through torch.compile, as a backend is named
+TEXT = b"Which ball hits the wall first, and which one rings the lowest?"
+Results = dict[str, list[torch.Tensor]]
+
+
+class Job(NamedTuple):
+    """What one fresh process measures, and all that it needs to know."""
+
+    clip: str
+    preset: str
+    combiner: str
+    frames: int
+    backend: str
+    train: bool
+    device: str
+    dtype: str = "float32"
+    snippet: int | None = None  # frames of one; None: the preset's
+
+
+def configure(preset: str, combiner: str, snippet: int | None = None) -> MirasolConfig:
+    config = MirasolConfig.preset(preset).to_dict()
+    kind, context = ("transformer", combiner) if combiner in ("all", "current") else (combiner, "current")
+    config["combiner"] |= {"kind": kind, "context": context}
+    if snippet is not None:
+        config["video"]["frames"] = snippet
+    return MirasolConfig.from_dict(config)
+
+
+def build(config: MirasolConfig, device: str, dtype: str = "float32") -> Mirasol:
+    torch.manual_seed(0)
+    return Mirasol(config).to(device, DTYPES[dtype]).eval()
+
+
+def load(path: str, config: MirasolConfig, frames: int) -> Clip:
+    size, rate = config.video.size, config.audio.sample_rate
+    if path != NOISE:
+        return read_clip(path, frames=frames, size=size, sample_rate=rate)
+    generator = torch.Generator().manual_seed(0)
+    sound = 0.1 * torch.randn(round(frames * rate / NOISE_FPS), generator=generator)
+    return Clip(torch.rand(3, frames, size, size, generator=generator), sound, NOISE_FPS)
+
+
+def first(clip: Clip, frames: int, device: str) -> Clip:
+    """The beginning of a clip, its sound cut to the same time."""
+    samples = 0 if clip.audio is None else frames * clip.audio.shape[0] // clip.video.shape[1]
+    audio = None if clip.audio is None else clip.audio[:samples].to(device)
+    return Clip(clip.video[:, :frames].to(device), audio, clip.fps)
+
+
+def runner(model: Mirasol, backend: str | None) -> tuple[Callable[..., Any], str | None]:
+    """What is called and the backend that its ops are asked for."""
+    if backend != COMPILED:
+        return model, backend
+    torch._dynamo.reset()  # else the eighth length would be one too many to compile
+    return torch.compile(model, dynamic=False), "reference"
+
+
+def step(
+    model: Mirasol, clip: Clip, backend: str | None, train: bool, call: Callable[..., Any] | None = None
+) -> Results:
+    """One pass over the clip and a question about it; with `train` also back. -> what its error is measured on.
+
+    call: the model as it is called, where that is not the model itself.
+    """
+    like = next(model.parameters())
+    video = clip.video[None].to(like.dtype)  # (1, 3, frames, size, size)
+    audio = None if clip.audio is None else clip.audio[None].to(like.dtype)  # (1, samples)
+    text = torch.tensor([[3 + byte for byte in TEXT]], device=like.device)  # (1, L)
+    model.zero_grad()
+    with mirasol_kernels.use_backend(backend), torch.set_grad_enabled(train):
+        out = (call or model)(video, audio, text, labels=text if train else None)
+        if train:
+            out.loss.backward()
+    found = {"logits": [out.logits.detach()], "latents": [out.latents.detach()]}
+    if train:
+        found["gradients"] = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    return found
+
+
+def prepare(job: Job) -> Callable[[], int]:
+    """In a fresh process: everything but the step, whose memory is watched."""
+    config = configure(job.preset, job.combiner, job.snippet)
+    model = build(config, job.device, job.dtype)
+    clip = first(load(job.clip, config, job.frames), job.frames, job.device)
+    call, backend = runner(model, job.backend)
+    if job.backend == COMPILED:
+        step(model, clip, backend, job.train, call)
+        model.zero_grad()
+
+    def work() -> int:
+        step(model, clip, backend, job.train, call)
+        return sum(parameter.numel() for parameter in model.parameters())
+
+    return work
+
+
+def seconds_in_ops(work: Callable[[], Any], device: str) -> float:
+    """Of one step, what is spent in our ops: all of the rest is beyond them, however fast they become."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device != "cpu":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profiler:
+        work()
+    ours = [event for event in profiler.key_averages() if event.key.startswith("mirasol_")]
+    spent = sum(event.cpu_time_total if device == "cpu" else event.device_time_total for event in ours)
+    return spent / 1e6

@@ -1,0 +1,76 @@
+"""The benchmarks at small sizes, with every peer: everybody has a time or a reason, and what they compute is right.
+
+No time is judged.  Where CI runs, those whom our numbers are compared with must run.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("tqdm", reason="the benchmarks draw a bar with it")
+
+from benchmarks import contest, harness
+from benchmarks.peers import Problem
+from benchmarks.run import OPS, suite
+
+LIMITS = {"gemm float32": 1e11, "copy": 1e10}
+# Op -> peer -> in which directions it can run on a CPU; FlexAttention has no backward there.
+BOTH = ("forward", "backward")
+REQUIRED = {
+    "block_causal_attention": {
+        "dense_mask": BOTH,
+        "per_snippet": BOTH,
+        "flash_per_snippet": BOTH[1:],
+        "flex": BOTH[:1],
+    },
+    "token_learner": {"eager": BOTH, "compile": BOTH},
+    "latent_recurrence": {"eager": BOTH, "compile": BOTH, "checkpoint_step": BOTH[1:], "checkpoint_segment": BOTH[1:]},
+}
+SMALL = {"block_causal_attention": "quick_ragged", "token_learner": "quick", "latent_recurrence": "quick"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("direction", BOTH)
+@pytest.mark.parametrize("op", OPS)
+def test_everybody_runs_or_says_why_not(op: str, direction: str) -> None:
+    _, cases, peers = suite(op)
+    case = cases[SMALL[op]]
+    problem = Problem(case, torch.float32, direction, "cpu", case.inputs(torch.float32, "cpu", 0))
+    with torch.set_grad_enabled(direction == "backward"):
+        rows, notes = contest.compete(problem, list(peers.values()), LIMITS, contest.QUICK)
+    said = {note["name"]: note["reason"] for note in notes}
+    ran = {row["candidate"]: row for row in rows}
+    expected = {p.name for p in peers.values() if "cpu" in p.devices and torch.float32 in p.dtypes}
+    assert ran.keys() | said.keys() == expected and not ran.keys() & said.keys()
+    for name, row in ran.items():
+        # Peers may round otherwise than we do, but they do the same work: a wrong one shows in the first digits.
+        assert row["excess"] <= 1 or (not row["ours"] and max(row["errors"].values()) < 1e-3), name
+    missing = {name: said[name] for name, where in REQUIRED[op].items() if direction in where and name in said}
+    if os.environ.get("MIRASOL_CI"):
+        assert not missing
+    elif missing:
+        pytest.skip("; ".join(f"{name}: {reason}" for name, reason in missing.items()))
+
+
+def test_every_op_has_peers_that_must_run() -> None:
+    assert set(REQUIRED) == set(SMALL) == set(OPS)
+    for op, names in REQUIRED.items():
+        assert names.keys() <= suite(op)[2].keys()
+
+
+@pytest.mark.slow
+def test_pytest_benchmark(tmp_path) -> None:
+    pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed")
+    file = tmp_path / "times.json"
+    command = [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", "-q", "-p", "no:cacheprovider"]
+    command += ["-k", "quick and not compile and not flex", "--benchmark-max-time=0.01", "--benchmark-min-rounds=1"]
+    done = subprocess.run([*command, f"--benchmark-json={file}"], cwd=harness.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
+    text = file.read_text()
+    for op in OPS:
+        assert f"test_op[{op}-quick" in text
