@@ -198,7 +198,7 @@ CASES = {
         video(
             "longlive2_decode",
             "LongLive 2, window with its sink",
-            partial(decode, 7040, 28160),
+            partial(decode, 7040, 28160),  # its 32 frames count the sink (NVlabs/LongLive@7860ad96, causal_model.py)
             24,
             kind="decode",
             devices=GPU,
