@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -26,6 +26,7 @@ from mirasol_model.config import PRESETS
 
 FRAMES = (64, 128, 256, 512)
 FLOAT = 4  # bytes
+HOW: tuple[Literal["none", "snippet"], ...] = ("none", "snippet")
 
 
 class Job(NamedTuple):
@@ -33,7 +34,7 @@ class Job(NamedTuple):
 
     preset: str
     combiner: str
-    recompute: str
+    recompute: Literal["none", "snippet"]
     frames: int
     device: str
 
@@ -71,7 +72,7 @@ def past_bytes(config: MirasolConfig, frames: int) -> int:
 
 def memory(options: argparse.Namespace, device: str) -> Iterator[dict[str, Any]]:
     for combiner in options.combiner:
-        for recompute in ("none", "snippet"):
+        for recompute in HOW:
             for frames in options.frames:
                 job = Job(options.preset, combiner, recompute, frames, device)
                 taken, _ = harness.peak_memory(prepare, job, device=device)
