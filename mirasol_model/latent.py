@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -28,8 +30,10 @@ class LatentModel(nn.Module):
         for parameter in (self.slots, self.mask):
             nn.init.trunc_normal_(parameter, std=0.02)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, T, m, d) -> h (B, T, m, d). In training, `mask_ratio` of the tokens of x give way to a learned one."""
+    def forward(self, x: Tensor, run: Callable[..., Tensor] = lambda block, *args: block(*args)) -> Tensor:
+        """x (B, T, m, d) -> h (B, T, m, d). In training, `mask_ratio` of the tokens of x give way to a learned one.
+
+        run: calls the blocks, and may keep less of them for backward."""
         snippets = x.shape[1]
         if self.training and self.config.mask_ratio > 0:
             hidden = torch.rand(x.shape[:3], device=x.device) < self.config.mask_ratio
@@ -43,7 +47,7 @@ class LatentModel(nn.Module):
 
         y = (x + self.slots).flatten(1, 2)  # (B, T*m, d)
         for block in self.blocks:
-            y = block(y, attend)
+            y = run(block, y, attend)
         return self.norm(y).view_as(x)
 
     def caches(self, batch: int, window: int, sink: int, like: Tensor) -> list[SnippetCache]:

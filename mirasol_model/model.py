@@ -175,7 +175,7 @@ class Mirasol(nn.Module, PyTorchModelHubMixin, library_name="mirasol-kernels", l
     def _encode(self, clips: Clips) -> Encoded:
         x = self._combine(clips)
         age = clips.lengths[:, None] - np.arange(clips.frames.shape[1])
-        return Encoded(self.latent(x), x, age)
+        return Encoded(self.latent(x, self._recomputed), x, age)
 
     def _combine(self, clips: Clips) -> Tensor:
         """-> x (B, T, m, d)"""
