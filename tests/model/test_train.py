@@ -58,7 +58,6 @@ MOMENTS = {
     "rename:1": "a checkpoint's table is written, but under another name",
     "rename:2": "all of a checkpoint is written, under another name",
     "rmtree:3": "an old checkpoint is half removed",
-    "time:1.2": "at some moment",
     "export:1": "after the last checkpoint",
 }
 
