@@ -20,6 +20,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 LEAST_ROUNDS = 3
+M_MMAP_THRESHOLD = -3  # of malloc.h
 
 
 class Timing(NamedTuple):
@@ -163,6 +164,13 @@ def _watched(send: Any, device: str, prepare: Callable[..., Callable[[], Any]], 
         send.send((Memory(before, _peak(device)), result))
     except Exception as error:
         send.send(f"{type(error).__name__}: {error}")
+
+
+def return_freed() -> None:
+    """glibc: what is freed goes back to the system at once. Else holes between aligned pieces, up to twice what is in
+    use, would be counted, whoever runs."""
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+        mallopt(M_MMAP_THRESHOLD, 1 << 16)
 
 
 def forget_peak(device: str) -> int:

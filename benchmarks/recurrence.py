@@ -10,7 +10,6 @@ Each prints a table and writes JSON (and, but for hoisting, a PNG) into --out.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import resource
 import sys
@@ -36,7 +35,6 @@ from mirasol_model import Mirasol, MirasolConfig
 from mirasol_model.config import PRESETS
 
 FLOAT = 4  # bytes
-M_MMAP_THRESHOLD = -3  # of malloc.h
 
 # -------------------------------------------------------------------------------------------------------- hoisting
 
@@ -100,10 +98,7 @@ RUNS: dict[str, Callable] = {
 
 def training(name: str, steps: int) -> Callable[[], None]:
     """Forward and backward of a memory that attends to itself and its input, eight at a time."""
-    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
-        # glibc: what is freed goes back to the system at once.  Else holes between aligned pieces, up to twice what is
-        # in use, would be counted, whoever runs.
-        mallopt(M_MMAP_THRESHOLD, 1 << 16)
+    harness.return_freed()
     case = CASES["block_batch"]
     weights, state, x = case.weights(torch.Generator().manual_seed(0)), *(
         torch.randn(case.batch, *sizes, case.c) for sizes in ((case.slots,), (steps, case.n))

@@ -199,7 +199,7 @@ class Mirasol(nn.Module, PyTorchModelHubMixin, library_name="mirasol-kernels", l
     def _encode(self, clips: Clips, own: Clips, spread: Spread | None = None) -> Encoded:
         """own: those snippets of `clips` that are computed here, all of them without `spread`."""
         x = self._combine(own, spread)
-        h = self.latent(x, spread)
+        h = self.latent(x, spread, self._recomputed)
         age = clips.lengths[:, None] - np.arange(clips.frames.shape[1])
         return Encoded(h if spread is None else spread.gather(h), x, age)
 

@@ -98,6 +98,7 @@ class Trainer:
         self.bfloat16 = device.type != "cpu" if config.bfloat16 is None else config.bfloat16
         self.progress = {name: torch.zeros((), dtype=torch.int64) for name in ("step", "examples", "skipped")}
         self.warned: set[str] = set()
+        self.skipped = 0  # by this process since its last step
         self.log: RunLog | None = None
 
     def wrap(self, model: nn.Module) -> nn.Module:
@@ -126,15 +127,15 @@ class Trainer:
         order = Order(len(self.examples), self.config.batch, self.config.seed, **ours)
         for batch, skipped in self.loader(self.examples, batch_sampler=order):
             self.skip(skipped)
+            self.skipped += len(skipped)
             if batch is None or len(batch.frames) < self.config.batch:
                 raise BadExample(f"data: no example that can be used among {len(skipped)}; the last: {skipped[-1]}")
             yield batch.to(self.device)
 
     def skip(self, reasons: Sequence[str]) -> None:
-        """Count what was not used and warn of each once, or stop, as the configuration says."""
+        """Warn of what was not used, of each once, or stop, as the configuration says."""
         if reasons and self.config.data.bad == "stop":
             raise BadExample(f"data: {reasons[0]}")
-        self.progress["skipped"] += len(reasons)
         for reason in reasons:
             if reason not in self.warned:
                 self.warned.add(reason)
@@ -173,7 +174,7 @@ class Trainer:
         rate = learning_rate(config.optimizer, step, config.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        parts = torch.zeros(2, 1 + len(PARTS), dtype=torch.float64, device=self.device)  # sums, and of how many
+        parts = torch.zeros(2, 2 + len(PARTS), dtype=torch.float64, device=self.device)  # sums, and of how many
         for turn in range(config.accumulation):
             batch = next(batches)
             seed_everything(config.seed, step, turn, self.rank)
@@ -189,27 +190,36 @@ class Trainer:
             raise FloatingPointError(f"train: the gradients of step {step} are not finite")
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.progress["step"] += 1
-        self.progress["examples"] += config.batch * config.accumulation * self.ranks
+        parts[0, -1], self.skipped = self.skipped, 0
         if self.ranks > 1:
             dist.all_reduce(parts)
-        means = [total / n if n else None for total, n in parts.T.tolist()]
-        seconds = {"seconds": round(time.perf_counter() - begin, 4)}
-        return {"step": step, **dict(zip(("loss", *PARTS), means, strict=True)), "norm": norm.item(), "rate": rate} | (
-            {"skipped": int(self.progress["skipped"])} | seconds
-        )
+        *sums, (skipped, _) = parts.T.tolist()
+        self.progress["step"] += 1
+        self.progress["examples"] += config.batch * config.accumulation * self.ranks
+        self.progress["skipped"] += int(skipped)
+        means = [total / n if n else None for total, n in sums]
+        return {
+            "step": step,
+            **dict(zip(("loss", *PARTS), means, strict=True)),
+            "norm": norm.item(),
+            "rate": rate,
+            "skipped": int(self.progress["skipped"]),
+            "seconds": round(time.perf_counter() - begin, 4),
+        }
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, Any]:
-        """Greedy answers to all questions -> {"exact": share that is right to the letter, by kind and in all, "of":
-        how many there were}."""
+        """Greedy answers to all questions -> {"exact": share that is right to the letter, by kind and in all, "of": how
+        many there were, "skipped": how many could not be asked}."""
         assert self.questions is not None
         right: Counter[str] = Counter()
         asked: Counter[str] = Counter()
+        bad = 0
         mine = Subset(self.questions, range(self.rank, len(self.questions), self.ranks))  # type: ignore[arg-type]
         self.model.eval()
         for batch, skipped in self.loader(mine, batch_size=self.config.batch):
             self.skip(skipped)
+            bad += len(skipped)
             if batch is not None:
                 for kind, given, answer in zip(batch.kinds, self.answers(batch), batch.answers, strict=True):
                     for name in {kind or "all", "all"}:
@@ -218,10 +228,15 @@ class Trainer:
         self.model.train()
         if self.ranks > 1:
             every: list[Any] = [None] * self.ranks
-            dist.all_gather_object(every, (right, asked))
-            right, asked = (sum((pair[i] for pair in every), Counter()) for i in (0, 1))
-        exact = {kind: right[kind] / asked[kind] for kind in sorted(asked)}
-        return {"step": int(self.progress["step"]), "exact": exact, "of": {kind: asked[kind] for kind in sorted(asked)}}
+            dist.all_gather_object(every, (right, asked, bad))
+            right, asked = (sum((counts[i] for counts in every), Counter()) for i in (0, 1))
+            bad = sum(counts[2] for counts in every)
+        return {
+            "step": int(self.progress["step"]),
+            "exact": {kind: right[kind] / asked[kind] for kind in sorted(asked)},
+            "of": {kind: asked[kind] for kind in sorted(asked)},
+            "skipped": bad,
+        }
 
     def answers(self, batch: Batch) -> list[str]:
         batch = batch.to(self.device)

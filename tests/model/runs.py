@@ -2,7 +2,7 @@
 
 As a program, `python -m tests.model.runs CONFIG MOMENT ...`: the run is begun, or gone on with, once for each moment,
 in a process of its own that is killed then; and once more to its end. A moment is "<what>:<n>", at the n-th call of one
-of `CALLS`, or "time:<seconds>". torch is imported once for all of them.
+of `CALLS`. torch is imported once for all of them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import os
 import shutil
 import signal
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -127,13 +126,10 @@ def once(config: str, moment: str | None) -> int:
     """-> how the process ended: 0, or minus the signal."""
     child = os.fork()
     if child == 0:
-        what, number = (moment or "none:0").split(":")
-        if what in CALLS:
+        if moment:
+            what, number = moment.split(":")
             kill_at(what, int(number))
         os._exit(train.main(["--config", config]))
-    if moment and moment.startswith("time:"):
-        time.sleep(float(moment.removeprefix("time:")))
-        os.kill(child, signal.SIGKILL)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 

@@ -1,0 +1,50 @@
+"""The benchmark of a training step's memory, small: its table and file, and that it counts what it says."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("av", reason="the sweep, whose Combiners it takes, reads a clip")
+
+import torch
+
+from benchmarks import harness, recompute
+from benchmarks.sweep import configure
+from mirasol_model import Mirasol, MirasolConfig
+
+
+def test_table_and_file(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("MIRASOL_COMMIT", "a plain copy")
+    arguments = ["--preset", "tiny", "--frames", "8", "64", "--combiner", "current", "--out", str(tmp_path / "new")]
+    assert recompute.main(arguments) == 0
+    text = (tmp_path / "new" / "recompute.json").read_text()
+    assert os.uname().nodename not in text and str(Path.home()) not in text and str(harness.ROOT) not in text
+    rows = json.loads(text)["rows"]
+    assert [(row["recompute"], row["frames"]) for row in rows] == [
+        (how, n) for how in ("none", "snippet") for n in (8, 64)
+    ]
+    taken = {(row["recompute"], row["frames"]): row["step_bytes"] for row in rows}
+    assert taken["none", 64] > taken["snippet", 64] > 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].split()[-3:] == ["8", "64", "growth"] and printed[2].startswith("current       snippet")
+
+
+@pytest.mark.parametrize("combiner", ["current", "all"])
+def test_what_must_grow(combiner):
+    config = configure("tiny", combiner)
+    made = Mirasol(config)
+    clip = torch.rand(1, 3, 8, 32, 32), torch.rand(1, 8 * 640)
+    _, state = made.step(made._read("test", *clip, None, None), None)
+    with torch.no_grad():
+        x = made.encode(*clip).combined
+    assert recompute.compact_bytes(config, 8) == x.nbytes
+    kept = sum(t.nbytes for piece in state.layers for pair in piece for t in pair) if state else 0
+    assert recompute.past_bytes(config, 8) == kept
+
+
+def test_a_step_leaves_gradients_and_nothing_else():
+    model = Mirasol(MirasolConfig.preset("tiny"))
+    assert recompute.step_of(model, 8, "cpu")() is None
+    assert model.text.embed.weight.grad.any()
