@@ -55,11 +55,10 @@ def fake_model(config: MirasolConfig) -> Mirasol:
     with torch.device("meta"):  # initialisation looks at values, which a fake tensor refuses
         model = Mirasol(config)
     for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
-            for name, x in tensors.items():
-                if x is not None:
-                    empty = torch.empty(x.shape, dtype=x.dtype)
-                    tensors[name] = nn.Parameter(empty) if isinstance(x, nn.Parameter) else empty
+        for name, x in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(torch.empty(x.shape)))
+        for name, x in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty(x.shape))
     return model
 
 
@@ -85,14 +84,14 @@ def counted_attention() -> Iterator[dict[Any, Any]]:
     def backward(dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any, **_: Any) -> int:
         return flops(5, q, v, rest[4])  # scores again, and the gradients of weights, q, k and v
 
-    def dense(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> int:
+    def dense(q: Sequence[int], k: Sequence[int], v: Sequence[int], *_: Any, **__: Any) -> int:
         return 2 * q[0] * q[1] * q[2] * k[2] * (q[3] + v[3])  # shapes: FlopCounterMode knows this operator on GPUs only
 
-    def dense_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> int:
-        return 5 * dense(q, k, v) // 2
+    def dense_backward(dout: Sequence[int], *qkv: Any, **_: Any) -> int:
+        return 5 * dense(*qkv) // 2
 
     for formula in (forward, backward):
-        formula._get_raw = True  # type: ignore[attr-defined]
+        formula.__dict__["_get_raw"] = True  # the tensors, not their shapes
     native = next(b for b in OP.backends if b.name == "native").calls
     with patch.object(SnippetLayout, "tables", noted):
         yield {

@@ -13,7 +13,7 @@ would do most of the work, so ranks own one piece from the front and one from th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 import torch
@@ -185,6 +185,36 @@ class Ranks:
         self.received += times * x.numel() * x.element_size()
 
 
+@overload
+def context_parallel_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: SnippetLayout,
+    ranks: Ranks,
+    shards: ContextShards,
+    *,
+    q_shards: ContextShards | None = ...,
+    method: Literal["ring", "gather"] = ...,
+    scale: float | None = ...,
+    return_lse: Literal[False] = ...,
+    backend: str | None = ...,
+) -> Tensor: ...
+@overload
+def context_parallel_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: SnippetLayout,
+    ranks: Ranks,
+    shards: ContextShards,
+    *,
+    q_shards: ContextShards | None = ...,
+    method: Literal["ring", "gather"] = ...,
+    scale: float | None = ...,
+    return_lse: Literal[True],
+    backend: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...
 def context_parallel_attention(
     q: Tensor,
     k: Tensor,
