@@ -55,10 +55,10 @@ def fake_model(config: MirasolConfig) -> Mirasol:
     with torch.device("meta"):  # initialisation looks at values, which a fake tensor refuses
         model = Mirasol(config)
     for module in model.modules():
-        for name, x in module.named_parameters(recurse=False):
-            setattr(module, name, nn.Parameter(torch.empty(x.shape)))
-        for name, x in module.named_buffers(recurse=False):
-            setattr(module, name, torch.empty(x.shape))
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(torch.empty(parameter.shape)))
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty(buffer.shape))
     return model
 
 
@@ -188,7 +188,10 @@ def _step(config: MirasolConfig, frames: int, mesh: DeviceMesh, mapping: dict[An
             optimizer.step()
             optimizer.zero_grad()
 
-        once()  # the optimiser has its states from here on
+        for parameter in wrapped.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()  # it has its states from here on
+        optimizer.zero_grad()
         resting, live.peak, live.received, ranks.received = live.now, live.now, 0, 0
         with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
             once()
