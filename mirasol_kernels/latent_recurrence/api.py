@@ -95,9 +95,8 @@ def token_turing_recurrence(
     sources = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
     _check(memory, sources, parameters)
     if gather is not None and not callable(gather):
-        raise TypeError(
-            f"token_turing_recurrence: gather: expected a function of a tensor, got {type(gather).__name__}"
-        )
+        what = f"a function of a tensor, got {type(gather).__name__}"
+        raise TypeError(f"token_turing_recurrence: gather: expected {what}")
     valid = valid if valid is None else _counts(valid, sources)
     steps = OP.select((memory, sources, parameters, backend), backend)
     return hoisted.token_turing_recurrence(memory, sources, parameters, valid, gather, backend, steps)

@@ -392,9 +392,10 @@ ERRORS = [
 @pytest.mark.parametrize(("change", "error", "text"), ERRORS, ids=[text for _, _, text in ERRORS])
 def test_errors(change: dict, error: type[Exception], text: str) -> None:
     call = {"memory": torch.zeros(2, 3, 8, dtype=torch.float64), "inputs": X, "parameters": machine(tokens=4)}
-    call |= {"valid": None} | change
+    call |= {"valid": None, "gather": None} | change
+    options = {name: call[name] for name in ("valid", "gather")}
     with pytest.raises(error, match=f"^token_turing_recurrence: {text}"):
-        token_turing_recurrence(call["memory"], call["inputs"], call["parameters"], valid=call["valid"])
+        token_turing_recurrence(call["memory"], call["inputs"], call["parameters"], **options)
 
 
 def test_error_of_processor_positions() -> None:
