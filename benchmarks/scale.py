@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import numpy as np
@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -55,11 +55,10 @@ def fake_model(config: MirasolConfig) -> Mirasol:
     with torch.device("meta"):  # initialisation looks at values, which a fake tensor refuses
         model = Mirasol(config)
     for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
-            for name, x in tensors.items():
-                if x is not None:
-                    empty = torch.empty(x.shape, dtype=x.dtype)
-                    tensors[name] = nn.Parameter(empty) if isinstance(x, nn.Parameter) else empty
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(torch.empty(parameter.shape)))
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty(buffer.shape))
     return model
 
 
@@ -85,11 +84,22 @@ def counted_attention() -> Iterator[dict[Any, Any]]:
     def backward(dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any, **_: Any) -> int:
         return flops(5, q, v, rest[4])  # scores again, and the gradients of weights, q, k and v
 
+    def dense(q: Sequence[int], k: Sequence[int], v: Sequence[int], *_: Any, **__: Any) -> int:
+        return 2 * q[0] * q[1] * q[2] * k[2] * (q[3] + v[3])  # shapes: FlopCounterMode knows this operator on GPUs only
+
+    def dense_backward(dout: Sequence[int], *qkv: Any, **_: Any) -> int:
+        return 5 * dense(*qkv) // 2
+
     for formula in (forward, backward):
-        formula._get_raw = True  # type: ignore[attr-defined]
+        formula.__dict__["_get_raw"] = True  # the tensors, not their shapes
     native = next(b for b in OP.backends if b.name == "native").calls
     with patch.object(SnippetLayout, "tables", noted):
-        yield {native["fwd"].overloadpacket: forward, native["bwd"].overloadpacket: backward}
+        yield {
+            native["fwd"].overloadpacket: forward,
+            native["bwd"].overloadpacket: backward,
+            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: dense,
+            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: dense_backward,
+        }
 
 
 class Live(TorchDispatchMode):
@@ -144,23 +154,24 @@ def step(config: MirasolConfig, frames: int, gpus: int) -> dict[str, Any]:
     """Flops, bytes of memory and bytes received of rank 0 of `gpus` in one training step of one clip."""
     dist.init_process_group("fake", rank=0, world_size=gpus, store=FakeStore())
     try:
+        mesh = init_device_mesh("cpu", (gpus,))
         with ExitStack() as modes:
             warnings.simplefilter("ignore")
             mapping = modes.enter_context(counted_attention())
             modes.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-            return _step(config, frames, gpus, mapping)
+            return _step(config, frames, mesh, mapping)
     finally:
         dist.destroy_process_group()
 
 
-def _step(config: MirasolConfig, frames: int, gpus: int, mapping: dict[Any, Any]) -> dict[str, Any]:
-    mesh = init_device_mesh("cpu", (gpus,))
+def _step(config: MirasolConfig, frames: int, mesh: DeviceMesh, mapping: dict[Any, Any]) -> dict[str, Any]:
+    gpus = mesh.size()
     size, snippets = config.video.size, -(-frames // config.video.frames)
     model, ranks, live = fake_model(config), Ranks(mesh), Live()
     parameters = sum(p.numel() for p in model.parameters())
     with live.watching():
         wrapped: nn.Module = shard(SnippetParallel(model, ranks), mesh) if gpus > 1 else model
-        optimizer = torch.optim.AdamW(wrapped.parameters(), foreach=False)
+        optimizer = torch.optim.AdamW(wrapped.parameters(), fused=True)
         video = torch.empty(1, 3, frames, size, size, dtype=torch.uint8)
         audio = torch.empty(1, frames * config.audio.sample_rate // FPS)
         text, age = torch.ones(1, WORDS, dtype=torch.int64), np.arange(snippets, 0, -1)[None]
@@ -177,7 +188,10 @@ def _step(config: MirasolConfig, frames: int, gpus: int, mapping: dict[Any, Any]
             optimizer.step()
             optimizer.zero_grad()
 
-        once()  # the optimiser has its states from here on
+        for parameter in wrapped.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()  # it has its states from here on
+        optimizer.zero_grad()
         resting, live.peak, live.received, ranks.received = live.now, live.now, 0, 0
         with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
             once()
@@ -192,3 +206,114 @@ def _step(config: MirasolConfig, frames: int, gpus: int, mapping: dict[Any, Any]
         "resting_bytes": resting - host,
         "peak_bytes": live.peak - host,
     }
+
+
+class Rates(NamedTuple):
+    """Flops and bytes a second of one GPU, and where they come from."""
+
+    flops: float
+    received: float | None
+    source: str
+
+    def times(self, row: dict[str, Any]) -> dict[str, float]:
+        """Seconds of a step: of arithmetic, of messages, and between all hidden behind the arithmetic and none."""
+        times = {"compute_seconds": row["flops"] / self.flops}
+        if self.received is not None or row["gpus"] == 1:
+            moved = row["tokens_received"] + row["parameters_received"]
+            times["network_seconds"] = moved / self.received if self.received else 0.0
+            times["least_seconds"] = max(times.values())
+            times["most_seconds"] = times["compute_seconds"] + times["network_seconds"]
+        return times
+
+
+def read_rates(options: argparse.Namespace) -> Rates | None:
+    """From a results file of a GPU, or assumed; None where nothing is known."""
+    received = None if options.gbps is None else options.gbps * GB
+    if options.rates is not None:
+        report = json.loads(options.rates.read_text())
+        if "gpu" not in report.get("machine", {}) or "gemm bfloat16" not in report.get("ceilings", {}):
+            raise ValueError(f"--rates: expected a results file of a GPU with its 'gemm bfloat16', got {options.rates}")
+        source = f"matmuls as measured on {report['machine']['gpu']} ({options.rates.name})"
+        source += "" if received is None else f", {options.gbps:g} GB/s ASSUMED"
+        return Rates(report["ceilings"]["gemm bfloat16"], received, source)
+    if options.tflops is None:
+        return None
+    source = f"{options.tflops:g} TFLOP/s" + ("" if received is None else f" and {options.gbps:g} GB/s")
+    return Rates(options.tflops * 1e12, received, f"{source}, ASSUMED, not measured")
+
+
+def largest(config: MirasolConfig, limits: Sequence[float]) -> dict[str, Any]:
+    """The longest clip whose step stays below each limit of bytes on one GPU: peak memory is linear in snippets.
+
+    Two lengths make the line, and a third says how straight it is.
+    """
+    counts = (16, 32, 64)
+    peaks = [step(config, n * config.video.frames, 1)["peak_bytes"] for n in counts]
+    slope = (peaks[1] - peaks[0]) / (counts[1] - counts[0])
+    at = peaks[0] - slope * counts[0]
+    return {
+        "bytes_without_a_clip": at,
+        "bytes_per_snippet": slope,
+        "error_at_64_snippets": (at + slope * counts[2]) / peaks[2] - 1,
+        "frames": {f"{limit:g}": max(0, int((limit * GB - at) / slope)) * config.video.frames for limit in limits},
+    }
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """One line per number of GPUs."""
+    heads = ["GPUs", "snippets", "TFLOP", "at rest GB", "peak GB", "tokens GB", "parameters GB"]
+    timed = [key for key in ("compute_seconds", "network_seconds", "least_seconds", "most_seconds") if key in rows[0]]
+    lines = [heads + [key.replace("_seconds", " s") for key in timed]]
+    for row in rows:
+        numbers = [row["flops"] / 1e12, *(row[f"{key}_bytes"] / GB for key in ("resting", "peak"))]
+        numbers += [row[f"{key}_received"] / GB for key in ("tokens", "parameters")] + [row[key] for key in timed]
+        lines.append([str(row["gpus"]), str(-(-row["snippets"] // row["gpus"])), *(f"{x:.4g}" for x in numbers)])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(x.rjust(w) for x, w in zip(line, widths, strict=True)) for line in lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.scale", description=__doc__.splitlines()[0])
+    parser.add_argument("--preset", choices=PRESETS, default="3b")
+    parser.add_argument("--combiner", choices=COMBINERS, default="current")
+    parser.add_argument("--frames", type=positive, default=4096)
+    parser.add_argument("--gpus", type=positive, nargs="+", default=[1, 8, 64])
+    parser.add_argument("--largest", type=float, nargs="*", default=[80, 141], help="memory of one GPU in GB")
+    parser.add_argument("--tflops", type=float, help="assumed rate of matmuls, in bfloat16")
+    parser.add_argument("--gbps", type=float, help="assumed GB/s that a GPU receives")
+    parser.add_argument("--rates", type=Path, help="results file of a GPU")
+    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the JSON (default: out)")
+    options = parser.parse_args(arguments)
+    config = replace(configure(options.preset, options.combiner), recompute="snippet")
+    try:
+        rates = read_rates(options)
+    except ValueError as error:
+        parser.error(str(error))
+    if max(options.gpus) * config.video.frames > options.frames:
+        parser.error(f"--gpus: expected a snippet of {config.video.frames} frames for each, got {max(options.gpus)}")
+    rows = []
+    for gpus in tqdm(options.gpus, disable=None):
+        row = step(config, options.frames, gpus)
+        rows.append(row | (rates.times(row) if rates else {}))
+    report: dict[str, Any] = {"machine": harness.commit(), "preset": options.preset, "combiner": options.combiner}
+    report |= {"rates": rates.source if rates else None, "rows": rows}
+    print(f"{options.preset}, Combiner {options.combiner}: a training step of one clip of {options.frames} frames,")
+    print(f"{rows[0]['parameters'] / 1e9:.3g} billion parameters, bfloat16 autocast, AdamW; numbers of one rank")
+    print(table(rows))
+    print(
+        f"times: {rates.source}" if rates else "no times: no rate is measured (--rates) or assumed (--tflops, --gbps)"
+    )
+    if options.largest:
+        report["largest"] = fits = largest(config, options.largest)
+        for limit, frames in fits["frames"].items():
+            print(f"longest clip on one GPU of {limit} GB: {frames} frames")
+        print(f"(a line through 16 and 32 snippets, off by {100 * fits['error_at_64_snippets']:.2g} % at 64)")
+    options.out.mkdir(parents=True, exist_ok=True)
+    file = options.out / f"scale-{options.preset}-{options.combiner}.json"
+    file.write_text(json.dumps(report, indent=1) + "\n")
+    print(f"wrote {file}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -12,8 +12,9 @@ would do most of the work, so ranks own one piece from the front and one from th
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 import torch
@@ -76,6 +77,15 @@ class ContextShards:
         self.tokens = int(ends[-1])
         self.slices = tuple(_joined(runs[owner == rank]) for rank in range(ranks))
 
+    def _meaning(self) -> tuple:
+        return (self.tokens, *(slices.tobytes() for slices in self.slices))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ContextShards) and self._meaning() == other._meaning()
+
+    def __hash__(self) -> int:
+        return hash(self._meaning())
+
     def count(self, rank: int) -> int:
         """Tokens of a rank."""
         return int((self.slices[rank][:, 1] - self.slices[rank][:, 0]).sum())
@@ -102,6 +112,18 @@ def part(layout: SnippetLayout, queries: np.ndarray, keys: np.ndarray) -> Snippe
     rows = [_ranges.part(row, queries, keys) for row in layout._rows]
     k_len = int((keys[:, 1] - keys[:, 0]).sum())
     return SnippetLayout("part of " + layout._kind, rows, k_len, layout.batch)
+
+
+@functools.lru_cache(maxsize=64)
+def _parts(layout: SnippetLayout, q_shards: ContextShards, shards: ContextShards, rank: int) -> list[SnippetLayout]:
+    """Of one rank's queries and each rank's keys; the layers of a model ask for the same ones."""
+    return [part(layout, q_shards.slices[rank], keys) for keys in shards.slices]
+
+
+@functools.lru_cache(maxsize=64)
+def _rows(layout: SnippetLayout, q_shards: ContextShards, rank: int) -> SnippetLayout:
+    """Of one rank's queries and all keys."""
+    return part(layout, q_shards.slices[rank], np.array([[0, layout.k_len]]))
 
 
 class Ranks:
@@ -185,6 +207,36 @@ class Ranks:
         self.received += times * x.numel() * x.element_size()
 
 
+@overload
+def context_parallel_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: SnippetLayout,
+    ranks: Ranks,
+    shards: ContextShards,
+    *,
+    q_shards: ContextShards | None = ...,
+    method: Literal["ring", "gather"] = ...,
+    scale: float | None = ...,
+    return_lse: Literal[False] = ...,
+    backend: str | None = ...,
+) -> Tensor: ...
+@overload
+def context_parallel_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: SnippetLayout,
+    ranks: Ranks,
+    shards: ContextShards,
+    *,
+    q_shards: ContextShards | None = ...,
+    method: Literal["ring", "gather"] = ...,
+    scale: float | None = ...,
+    return_lse: Literal[True],
+    backend: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...
 def context_parallel_attention(
     q: Tensor,
     k: Tensor,
@@ -224,15 +276,12 @@ def context_parallel_attention(
             expected = f"{held.count(ranks.rank)} tokens of rank {ranks.rank}"
             raise ValueError(f"{op}: {name}: expected {expected}, got {x.shape[2]}")
     layout.validate(q_shards.tokens, shards.tokens, q.shape[0], op=op)
-    asking = q_shards.slices[ranks.rank]
     if method == "gather":
-        whole = np.array([[0, shards.tokens]])
         keys, values = ranks.gather(k, shards), ranks.gather(v, shards)
-        out, lse = block_causal_attention(
-            q, keys, values, part(layout, asking, whole), scale=scale, return_lse=True, backend=backend
-        )
+        rows = _rows(layout, q_shards, ranks.rank)
+        out, lse = block_causal_attention(q, keys, values, rows, scale=scale, return_lse=True, backend=backend)
     else:
-        parts = [part(layout, asking, keys) for keys in shards.slices]
+        parts = _parts(layout, q_shards, shards, ranks.rank)
         out, lse = _Ring.apply(q, k, v, ranks, parts, scale, backend)
     return (out, lse) if return_lse else out
 

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 ROOT = Path(__file__).parents[1]
-PATIENCE = 300  # seconds
+PATIENCE = 1200  # seconds; on a machine that others use, too
 
 
 def run(module: str, processes: int, folder: Path, *args: str) -> list[str]:

@@ -80,7 +80,7 @@ def token_turing_recurrence(
     valid: (B, T, S), or (B, T) for one source: integers, how many leading tokens of each source count in each step.
 
     gather: for inputs whose time steps lie on several ranks: makes (B, all T, ...) of this rank's (B, T, ...), as
-        `Ranks.gather` does.  What it gets are softmax states, k + 2 numbers per learned token; every rank then runs all
+        `Ranks.gather` does.  What it gets are softmax states, c + 2 numbers per learned token; every rank then runs all
         steps.
 
     Returns (memory (B, mem, c), outputs (B, T, r, c)) in the dtype of memory.  All tensors have one floating dtype
@@ -94,6 +94,9 @@ def token_turing_recurrence(
     """
     sources = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
     _check(memory, sources, parameters)
+    if gather is not None and not callable(gather):
+        what = f"a function of a tensor, got {type(gather).__name__}"
+        raise TypeError(f"token_turing_recurrence: gather: expected {what}")
     valid = valid if valid is None else _counts(valid, sources)
     steps = OP.select((memory, sources, parameters, backend), backend)
     return hoisted.token_turing_recurrence(memory, sources, parameters, valid, gather, backend, steps)

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
+from benchmarks import context
 from mirasol_kernels import (
     ContextShards,
     Ranks,
@@ -162,3 +163,16 @@ def test_errors(alone: Ranks) -> None:
 def test_without_processes() -> None:
     with pytest.raises(ValueError, match="init_process_group"):
         Ranks()
+
+
+def test_what_is_printed(capsys: pytest.CaptureFixture) -> None:
+    """Bytes that the benchmark counts: of each rank's shard of keys and values in bfloat16, gradients in float32."""
+    assert context.main(["--snippets", "16", "--tokens", "500", "--ranks", "4", "--heads", "1", "--dim", "125"]) == 0
+    _, *rows = (line.split() for line in capsys.readouterr().out.splitlines())
+    shard = 4 * 500 * 125 * 2 / 1e6  # of queries, keys or values, in MB
+    ring, gather = (
+        [f"{x:.1f}" for x in each] for each in ((6 * shard, 6 * shard + 16 * shard), (6 * shard, 6 * shard))
+    )
+    assert [row[:3] for row in rows] == [[*"4", m, o] for m in ("ring", "gather") for o in ("zigzag", "runs")]
+    assert [row[3:5] for row in rows] == [ring, ring, gather, gather]
+    assert [row[-1] for row in rows[::2]] == ["1.000"] * 2 and float(rows[1][-1]) > 1.5

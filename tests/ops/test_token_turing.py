@@ -41,6 +41,24 @@ def machine(c: int = 8, memory: int = 3, read: int = 2, **options) -> TokenTurin
     )
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_steps_of_two_halves(mode: str) -> None:
+    """gather, as if another rank held the same steps: states of the input are all that the steps need of it."""
+    p, x, memory = machine(memory_mode=mode), draw(2, 3, 4, 8), draw(2, 3, 8)
+    told = []
+
+    def both(state: Tensor) -> Tensor:
+        told.append(state.shape[2:].numel())
+        return torch.cat([state, state], 1)
+
+    results = token_turing_recurrence(memory, x, p, gather=both)
+    for got, expected in zip(results, token_turing_recurrence(memory, torch.cat([x, x], 1), p), strict=True):
+        assert_close_fp64(got, expected)
+    write = [] if mode == "AddErase" else [3]
+    heads = 8 if mode == "MHA" else 1  # of the pools
+    assert sum(told) == sum(k * (8 + 2 * heads) for k in (2, *write))
+
+
 # ------------------------------------------------------------------------------------------------ public numbers
 
 
@@ -363,6 +381,7 @@ ERRORS = [
     ({"inputs": X[0]}, ValueError, r"inputs\[0\]: expected \(2, T, n, 8\), got \(3, 4, 8\)"),
     ({"inputs": (X, X[:, :2])}, ValueError, r"inputs\[1\]: expected \(2, 3, n, 8\), got \(2, 2, 4, 8\)"),
     ({"inputs": X[:, :, :2]}, ValueError, r"parameters.positions.read: expected \(5, 8\) for memory 3, input 2"),
+    ({"gather": 2}, TypeError, "gather: expected a function of a tensor, got int"),
     ({"valid": [1]}, TypeError, "valid: expected a tensor, got list"),
     ({"valid": torch.ones(2, 3)}, TypeError, "valid: expected integers, got torch.float32"),
     ({"valid": torch.ones(2, 3, dtype=torch.int64, device="meta")}, ValueError, "valid: expected a tensor on cpu"),
@@ -373,9 +392,10 @@ ERRORS = [
 @pytest.mark.parametrize(("change", "error", "text"), ERRORS, ids=[text for _, _, text in ERRORS])
 def test_errors(change: dict, error: type[Exception], text: str) -> None:
     call = {"memory": torch.zeros(2, 3, 8, dtype=torch.float64), "inputs": X, "parameters": machine(tokens=4)}
-    call |= {"valid": None} | change
+    call |= {"valid": None, "gather": None} | change
+    options = {name: call[name] for name in ("valid", "gather")}
     with pytest.raises(error, match=f"^token_turing_recurrence: {text}"):
-        token_turing_recurrence(call["memory"], call["inputs"], call["parameters"], valid=call["valid"])
+        token_turing_recurrence(call["memory"], call["inputs"], call["parameters"], **options)
 
 
 def test_error_of_processor_positions() -> None:

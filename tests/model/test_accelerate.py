@@ -1,0 +1,43 @@
+"""Hugging Face accelerate with the configurations of examples/accelerate: two processes train as one does."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("accelerate", reason="accelerate is not installed")
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "examples" / "accelerate"
+
+
+def losses(*command: str) -> list[float]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    script = [str(FOLDER / "train.py"), "--cpu", "--float64"]
+    done = subprocess.run(
+        [sys.executable, *command, *script], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [float(line.split()[-1]) for line in done.stdout.splitlines() if line.startswith("step")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_two_processes_train_as_one(kind: str, tmp_path: Path) -> None:
+    text = (FOLDER / f"{kind}.yaml").read_text()
+    for ours, here in (
+        ("num_processes: 8", "num_processes: 2"),
+        ("mixed_precision: bf16", 'mixed_precision: "no"'),
+        ("use_cpu: false", "use_cpu: true"),
+        ("MULTI_GPU", "MULTI_CPU"),
+    ):
+        text = text.replace(ours, here)
+    (tmp_path / "two.yaml").write_text(text)
+    launch = ["-m", "accelerate.commands.launch", "--config_file", str(tmp_path / "two.yaml")]
+    two, one = losses(*launch, "--main_process_port", "0"), losses()
+    assert len(one) == 3 and one[2] < one[0]
+    assert all(abs(a - b) <= 1e-12 * b for a, b in zip(two, one, strict=True)), (two, one)

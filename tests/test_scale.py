@@ -1,0 +1,94 @@
+"""What a training step costs on many GPUs, counted without one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import scale
+from benchmarks.sweep import configure
+from mirasol_kernels import SnippetLayout, block_causal_attention, explain
+
+if explain("block_causal_attention")["native"] != "runs":
+    pytest.skip("counts the operators of the compiled kernels", allow_module_level=True)
+
+FRAMES, GPUS = 32, 2
+
+
+def test_attention_is_counted_by_pairs_that_see_each_other() -> None:
+    layout = SnippetLayout.uniform(5, 3, window=2, sink=1)
+    pairs = int(layout.dense_mask().sum())
+    q, k, v = (torch.randn(2, heads, 15, width, requires_grad=True) for heads, width in ((4, 8), (2, 8), (2, 6)))
+    with scale.counted_attention() as formulas, FlopCounterMode(display=False, custom_mapping=formulas) as counter:
+        out = block_causal_attention(q, k, v, layout)
+        assert counter.get_total_flops() == 2 * 2 * 4 * pairs * (8 + 6)
+        out.sum().backward()
+    assert counter.get_total_flops() == 7 * 2 * 4 * pairs * (8 + 6)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """`python -m benchmarks.scale` at its smallest -> its report."""
+    folder = tmp_path_factory.mktemp("scale")
+    options = ["--preset", "tiny", "--frames", str(FRAMES), "--gpus", "1", str(GPUS), "--largest", "--out", str(folder)]
+    assert scale.main([*options, "--tflops", "100", "--gbps", "10"]) == 0
+    return json.loads((folder / "scale-tiny-current.json").read_text())
+
+
+def test_memory_and_bytes(run: dict) -> None:
+    config = configure("tiny", "current")
+    one, two = run["rows"]
+    parameters, size = one["parameters"], 4
+    clip = FRAMES * (3 * config.video.size**2 + size * config.audio.sample_rate // scale.FPS)
+    known = 3 * size * parameters + clip + 8 * scale.WORDS  # with Adam's two moments; without tables of positions
+    assert known <= one["resting_bytes"] < 1.01 * known
+    assert one["resting_bytes"] / two["resting_bytes"] == pytest.approx(GPUS, rel=0.1)
+    assert one["peak_bytes"] - one["resting_bytes"] > size * parameters  # gradients, at least
+    assert one["tokens_received"] == one["parameters_received"] == 0
+    # Of each parameter half is elsewhere: it comes for forward, and again for backward but for those of the root, which
+    # are kept; and half of its gradient comes.
+    assert 2 * size * parameters / GPUS <= two["parameters_received"] <= 4 * size * parameters / GPUS
+    snippets, m, dim = FRAMES // config.video.frames, config.combiner.tokens, config.encoder.dim
+    of_one = snippets // GPUS * m * dim  # numbers in the compact tokens of a rank
+    keys = 2 * of_one * 2, 2 * of_one * 4  # keys and values in bfloat16, and their gradients in float32
+    ring = (GPUS - 1) * 2 * keys[0] + GPUS * keys[1]
+    latents, losses = 2 * (GPUS - 1) * of_one * size, 3 * size
+    assert two["tokens_received"] == config.latent.layers * ring + latents + losses
+    assert one["flops"] / GPUS < two["flops"] < one["flops"]  # the text decoder runs on both
+
+
+def test_times_are_functions_of_rates_and_say_where_those_come_from(run: dict) -> None:
+    assert "ASSUMED" in run["rates"]
+    for row in run["rows"]:
+        network = (row["tokens_received"] + row["parameters_received"]) / 10e9
+        assert row["compute_seconds"] == row["flops"] / 100e12 and row["network_seconds"] == network
+        assert row["least_seconds"] == max(network, row["compute_seconds"]) <= row["most_seconds"]
+
+
+def test_rates_of_a_gpu_come_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    file = tmp_path / "gpu.json"
+    report = {"machine": {"gpu": "a GPU"}, "ceilings": {"gemm bfloat16": 5e14}}
+    parser_options = ["--rates", str(file), "--frames", "32", "--gpus", "1"]
+    for wrong in ({**report, "machine": {"cpu": "a CPU"}}, {**report, "ceilings": {}}):
+        file.write_text(json.dumps(wrong))
+        with pytest.raises(SystemExit):
+            scale.main(parser_options)
+        assert "expected a results file of a GPU" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        scale.main(["--frames", "16", "--gpus", "64"])
+    assert "--gpus: expected a snippet of 8 frames for each, got 64" in capsys.readouterr().err
+    rates = scale.Rates(5e14, None, "measured")
+    row = {"gpus": 8, "flops": 1e15, "tokens_received": 1, "parameters_received": 1}
+    assert rates.times(row) == {"compute_seconds": 2.0}  # of the network nothing is known
+
+
+def test_the_longest_clip_is_where_the_line_meets_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = configure("tiny", "current")
+    monkeypatch.setattr(scale, "step", lambda config, frames, gpus: {"peak_bytes": 1e9 + 1e6 * frames})
+    fits = scale.largest(config, [0.5, 2])
+    assert fits["frames"] == {"0.5": 0, "2": 1000}
+    assert fits["error_at_64_snippets"] == pytest.approx(0) and fits["bytes_per_snippet"] == 4e6
