@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -29,6 +30,7 @@ from mirasol_kernels.block_causal_attention import block_causal_attention
 from mirasol_kernels.layout import SnippetLayout
 
 NAME = "mirasol"
+OLDEST = (5, 4)  # whose mask interface gets lengths and offsets
 WHERE = f"{NAME}: attention mask"
 
 # What some models pass to their attention function and block_causal_attention does not do.
@@ -45,6 +47,10 @@ REFUSED = {
 
 def register() -> None:
     """Makes `attn_implementation="mirasol"` known to transformers.  Calling it twice does no harm."""
+    if tuple(map(int, transformers.__version__.split(".")[:2])) < OLDEST:
+        raise ImportError(
+            f"{NAME}: expected transformers {'.'.join(map(str, OLDEST))} or newer, got {transformers.__version__}"
+        )
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, attention_mask_of)
 

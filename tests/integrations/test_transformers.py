@@ -11,6 +11,7 @@ import transformers as hf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import (
     and_masks,
@@ -39,7 +40,7 @@ integration.register()
 integration.register()  # as often as one likes
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def spied(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     """The layouts that reached the kernel: that one is asked for does not mean that it runs."""
     layouts: list[Any] = []
@@ -129,6 +130,20 @@ def test_generation(name: str, cache: str, spied: list[Any]) -> None:
     assert len(decoding) >= 14
     if cache == "static" and name != "mistral":  # whose caches are all rings of the window
         assert any(layout.k_len > TOKENS + 1 for layout in spied)  # room for what is to come
+
+
+def test_compiled_decoding_does_not_compile_again() -> None:
+    """Static cache, as generate compiles it where there is a GPU: one graph for the prompt, one for every step."""
+    model = model_of(FAMILIES["gemma3_text"])
+    model.set_attn_implementation("mirasol")
+    inputs, _ = inputs_of(FAMILIES["gemma3_text"], "left")
+    arguments = {**inputs, "max_new_tokens": 8, "do_sample": False, "cache_implementation": "static"}
+    expected = model.generate(**arguments)
+    torch._dynamo.reset()
+    backend = CompileCounterWithBackend("aot_eager")
+    model.forward = torch.compile(model.forward, backend=backend, fullgraph=True)
+    assert torch.equal(model.generate(**arguments), expected)
+    assert backend.frame_count == 2
 
 
 def pi0() -> hf.PreTrainedModel:
@@ -361,6 +376,12 @@ def test_an_image_in_too_many_pieces() -> None:
     inputs["mm_token_type_ids"] = torch.tensor([[1, 0] * (TOKENS // 2)] * 2)
     with pytest.raises(ValueError, match=r"mirasol: attention mask: .* at most 4 separate key ranges .* for row 0$"):
         model(**inputs)
+
+
+def test_an_older_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hf, "__version__", "5.3.0")
+    with pytest.raises(ImportError, match=r"mirasol: expected transformers 5\.4 or newer, got 5\.3\.0"):
+        integration.register()
 
 
 def call(mask: Any, q_len: int = 4, k_len: int = 4, is_causal: bool | None = None, **kwargs: Any) -> Tensor:
