@@ -254,7 +254,7 @@ class SnippetLayout:
         """Query row q of batch row b sees key k iff fn(b, h, q, k): a `mask_mod` of FlexAttention, the same for all h.
 
         Evaluated for every pair, a block of rows at a time, on `device`: where the tensors are that fn reads.  A row
-        that then sees more than four separate ranges is an error.  Alike for all `batch` rows, it serves any batch.
+        that sees more than four separate ranges is a ValueError.  Alike for all `batch` rows, it serves any batch.
         """
         where = "SnippetLayout.from_mask_mod"
         q_len, k_len = read_int(f"{where}: q_len", q_len), read_int(f"{where}: k_len", k_len)

@@ -20,6 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import (
     add_offsets_to_mask_function,
     and_masks,
+    bidirectional_mask_function,
     causal_mask_function,
     padding_mask_function,
     prepare_padding_mask,
@@ -109,8 +110,9 @@ def attention_mask_of(
     padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
     if padding is not None and bool(padding[:, kv_offset : kv_offset + kv_length].all()):
         padding = None
-    if padding is None and mask_function is causal_mask_function:
-        layout = _causal(q_length, kv_length, offset - kv_offset)
+    if padding is None and mask_function in (causal_mask_function, bidirectional_mask_function):
+        ahead = offset - kv_offset if mask_function is causal_mask_function else kv_length
+        layout = _causal(q_length, kv_length, ahead)
     else:
         fn = mask_function if padding is None else and_masks(mask_function, padding_mask_function(padding))
         fn = add_offsets_to_mask_function(fn, offset, kv_offset)
