@@ -60,7 +60,7 @@ class LayoutMask(BlockMask):
     """A layout in the place of a mask (B, 1, Nq, Nk): models hand it on, and nothing but `attention` can read it.
 
     It is a BlockMask by type alone, because that is what transformers returns as it came when a mask was prepared
-    before the forward pass (generation with a static cache).  Arithmetic on it, as in eager attention, is a TypeError.
+    before the forward pass (generation with a static cache).  Adding it to the scores is an error.
     """
 
     def __init__(self, layout: SnippetLayout, batch: int) -> None:  # not BlockMask's: there are no blocks
@@ -81,6 +81,9 @@ class LayoutMask(BlockMask):
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(f"{NAME}: the attention mask is a SnippetLayout, not a tensor or a BlockMask: no {name}")
+
+    def __radd__(self, scores: Tensor) -> Tensor:
+        raise TypeError(f"{NAME}: this model does its attention by itself: load it with another attn_implementation")
 
     def __repr__(self) -> str:
         return f"LayoutMask({self.layout!r})"

@@ -332,8 +332,11 @@ def test_every_mask_that_is_composed() -> None:
 def test_nothing_else_can_read_the_mask() -> None:
     mask = integration.attention_mask_of(2, 3, 3)
     assert mask.to("meta") is mask and repr(mask) == str(mask) == f"LayoutMask({mask.layout!r})"
-    with pytest.raises(TypeError):
-        torch.zeros(2, 1, 3, 3) + mask
+    bloom = hf.BloomForCausalLM(
+        hf.BloomConfig(vocab_size=64, hidden_size=16, n_layer=1, n_head=2, attn_implementation="mirasol")
+    )
+    with pytest.raises(TypeError, match="mirasol: this model does its attention by itself"):
+        bloom(torch.ones(1, 3, dtype=torch.long))
     with pytest.raises(
         AttributeError, match=r"mirasol: the attention mask is a SnippetLayout, not a tensor or .* dtype"
     ):
