@@ -15,7 +15,7 @@ MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 # Of b (B,), h (2,), q (R,) and k (Nk,), int32.  Gives (B, 2, R, Nk); 1 or expanded where nothing depends on it.
 Evaluate = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
-PAIRS = 2**21  # of a row and a key, evaluated at once: a few 8 MB of indices, and calls that cost little beside them
+PAIRS = 2**21  # of a row and a key, evaluated at once: tens of MB on the way, and enough that a call's cost is hidden
 
 
 def vmapped(where: str, fn: MaskMod) -> Evaluate:
@@ -62,7 +62,8 @@ def lines_of(
         if mask.shape[1] > 1 and mask.stride(1):  # a dimension that nothing depends on is expanded
             raise ValueError(f"{where}: fn: expected a mask that is the same for every head, got one that is not")
         mask = mask[: 1 if mask.stride(0) == 0 else batch, 0].expand(-1, len(q), k_len)  # (1 or B, R, Nk)
-        parts.append([_ranges.at_most_four(where, lines, begin) for lines in _lines(mask)])
+        names = [where] if len(mask) == 1 else [f"{where}: batch row {i}" for i in range(batch)]
+        parts.append([_ranges.at_most_four(*named, begin) for named in zip(names, _lines(mask), strict=True)])
     if not parts:
         return [Lines(np.unique([0, q_len]), np.zeros(1 + (q_len > 0), np.int64), np.zeros((0, 2), np.int64))]
     rows = parts[0]

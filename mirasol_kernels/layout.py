@@ -169,7 +169,8 @@ class SnippetLayout:
         """Token i sees token j iff (j <= i, and i - j < window_tokens) or both are of one block; and j is valid.
 
         The mask of Hugging Face's `block_sequence_ids` (huggingface/transformers, masking_utils.py): its block part is
-        not cut by the window, and its padding hides keys only.  A padding token as a query sees what its place sees.
+        not cut by the window (Gemma 3 and 4 cut it: `from_mask_mod`), and its padding hides keys only.  A padding token
+        as a query sees what its place sees.
 
         ids: (N,) or (B, N) integers, one per key.  Equal ids are one block; a negative id is in none (text).
         valid: like ids, bool or 0/1 (an `attention_mask`); False for padding on either side.
@@ -253,7 +254,7 @@ class SnippetLayout:
         """Query row q of batch row b sees key k iff fn(b, h, q, k): a `mask_mod` of FlexAttention, the same for all h.
 
         Evaluated for every pair, a block of rows at a time, on `device`: where the tensors are that fn reads.  A row
-        that then sees more than four separate ranges is an error.  Alike for all `batch` rows, it serves any batch.
+        that sees more than four separate ranges is a ValueError.  Alike for all `batch` rows, it serves any batch.
         """
         where = "SnippetLayout.from_mask_mod"
         q_len, k_len = read_int(f"{where}: q_len", q_len), read_int(f"{where}: k_len", k_len)

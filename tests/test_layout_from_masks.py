@@ -99,6 +99,8 @@ def test_blocks_of_rows(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     assert sum(seen) == 24 and max(seen) == min(step, 24)
     with pytest.raises(ValueError, match=r"at most 4 separate key ranges per row, got more for row 20$"):
         L.from_mask_mod(lambda b, h, q, k: (q < 20) | (k % 2 == 0), 24, 24)
+    with pytest.raises(ValueError, match=r"from_mask_mod: batch row 1: expected at most 4 .* for row 3$"):
+        L.from_mask_mod(lambda b, h, q, k: (q + b < 4) | (k % 2 == 0), 4, 24, batch=2)
 
 
 def test_a_long_sequence() -> None:

@@ -107,6 +107,16 @@ def text_and_images() -> SnippetLayout:
     return SnippetLayout.from_block_ids(ids + [-1] * (2048 - len(ids)))
 
 
+def prefix_and_answer() -> SnippetLayout:
+    """PaliGemma at 448 px: 1,024 tokens of the image and 64 of the prompt see each other, 256 of the answer follow."""
+    return SnippetLayout.from_block_ids([0] * 1088 + [-1] * 256)
+
+
+def actions() -> SnippetLayout:
+    """pi0: the state joins the block of three images of 256 and 48 of text, and 50 actions are one that sees it all."""
+    return SnippetLayout.from_block_ids([0] * 817 + [1] * 50, queries=51)
+
+
 def decode(queries: int, keys: int) -> SnippetLayout:
     return SnippetLayout.cross([queries], [keys], [1])
 
@@ -152,6 +162,8 @@ CASES = {
         Case("small_snippets", "many small snippets", uniform(128, 32), 8, 64, devices=BOTH),
         Case("latent", "latent model of Mirasol", uniform(64, 32), 16, 80, devices=BOTH),
         Case("text_images", "Gemma-like text and images", text_and_images, 4, 256, group=2, devices=BOTH),
+        Case("prefix_answer", "PaliGemma at 448 px", prefix_and_answer, 1, 256, group=8, devices=BOTH),
+        Case("actions", "a denoising step of pi0", actions, 1, 256, group=8, devices=BOTH, directions=("forward",)),
         Case(
             "window_sink", "window and sink", uniform(64, 128, window=8, sink=1), 8, 64, devices=BOTH, memory=DIRECTIONS
         ),

@@ -13,12 +13,14 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import (
     add_offsets_to_mask_function,
     and_masks,
+    bidirectional_mask_function,
     causal_mask_function,
     padding_mask_function,
     prepare_padding_mask,
@@ -29,6 +31,7 @@ from mirasol_kernels.block_causal_attention import block_causal_attention
 from mirasol_kernels.layout import SnippetLayout
 
 NAME = "mirasol"
+OLDEST = (5, 4)  # whose mask interface gets lengths and offsets
 WHERE = f"{NAME}: attention mask"
 
 # What some models pass to their attention function and block_causal_attention does not do.
@@ -45,6 +48,10 @@ REFUSED = {
 
 def register() -> None:
     """Makes `attn_implementation="mirasol"` known to transformers.  Calling it twice does no harm."""
+    if tuple(map(int, transformers.__version__.split(".")[:2])) < OLDEST:
+        raise ImportError(
+            f"{NAME}: expected transformers {'.'.join(map(str, OLDEST))} or newer, got {transformers.__version__}"
+        )
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, attention_mask_of)
 
@@ -53,7 +60,7 @@ class LayoutMask(BlockMask):
     """A layout in the place of a mask (B, 1, Nq, Nk): models hand it on, and nothing but `attention` can read it.
 
     It is a BlockMask by type alone, because that is what transformers returns as it came when a mask was prepared
-    before the forward pass (generation with a static cache).  Arithmetic on it, as in eager attention, is a TypeError.
+    before the forward pass (generation with a static cache).  Adding it to the scores is an error.
     """
 
     def __init__(self, layout: SnippetLayout, batch: int) -> None:  # not BlockMask's: there are no blocks
@@ -74,6 +81,9 @@ class LayoutMask(BlockMask):
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(f"{NAME}: the attention mask is a SnippetLayout, not a tensor or a BlockMask: no {name}")
+
+    def __radd__(self, scores: Tensor) -> Tensor:
+        raise TypeError(f"{NAME}: this model does its attention by itself: load it with another attn_implementation")
 
     def __repr__(self) -> str:
         return f"LayoutMask({self.layout!r})"
@@ -103,8 +113,9 @@ def attention_mask_of(
     padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
     if padding is not None and bool(padding[:, kv_offset : kv_offset + kv_length].all()):
         padding = None
-    if padding is None and mask_function is causal_mask_function:
-        layout = _causal(q_length, kv_length, offset - kv_offset)
+    if padding is None and mask_function in (causal_mask_function, bidirectional_mask_function):
+        ahead = offset - kv_offset if mask_function is causal_mask_function else kv_length
+        layout = _causal(q_length, kv_length, ahead)
     else:
         fn = mask_function if padding is None else and_masks(mask_function, padding_mask_function(padding))
         fn = add_offsets_to_mask_function(fn, offset, kv_offset)

@@ -11,6 +11,7 @@ import transformers as hf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import (
     and_masks,
@@ -39,7 +40,7 @@ integration.register()
 integration.register()  # as often as one likes
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def spied(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     """The layouts that reached the kernel: that one is asked for does not mean that it runs."""
     layouts: list[Any] = []
@@ -129,6 +130,35 @@ def test_generation(name: str, cache: str, spied: list[Any]) -> None:
     assert len(decoding) >= 14
     if cache == "static" and name != "mistral":  # whose caches are all rings of the window
         assert any(layout.k_len > TOKENS + 1 for layout in spied)  # room for what is to come
+
+
+def test_compiled_decoding_does_not_compile_again() -> None:
+    """Static cache, as generate compiles it where there is a GPU: one graph for the prompt, one for every step."""
+    model = model_of(FAMILIES["gemma3_text"])
+    model.set_attn_implementation("mirasol")
+    inputs, _ = inputs_of(FAMILIES["gemma3_text"], "left")
+    arguments = {**inputs, "max_new_tokens": 8, "do_sample": False, "cache_implementation": "static"}
+    expected = model.generate(**arguments)
+    torch._dynamo.reset()
+    backend = CompileCounterWithBackend("aot_eager")
+    model.forward = torch.compile(model.forward, backend=backend, fullgraph=True)
+    assert torch.equal(model.generate(**arguments), expected)
+    assert backend.frame_count == 2
+
+
+def test_a_conversation_and_beams() -> None:
+    """Several tokens after a cache; and beams, whose caches change places."""
+    model = model_of(FAMILIES["gemma3_text"]).double()
+    ids = torch.randint(1, 60, (2, 20))
+    said, beams = [], []
+    for attn in ("sdpa", "mirasol"):
+        model.set_attn_implementation(attn)
+        with torch.inference_mode():
+            first = model(ids[:, :9], use_cache=True)
+            said.append(model(ids[:, 9:], cache=first.cache).logits)
+            beams.append(model.generate(ids, num_beams=3, max_new_tokens=6, do_sample=False))
+    assert_same(said[1], said[0], "logits")
+    assert torch.equal(beams[0], beams[1])
 
 
 def pi0() -> hf.PreTrainedModel:
@@ -284,7 +314,10 @@ def test_every_mask_that_is_composed() -> None:
         dense = sdpa_mask(**case, allow_is_causal_skip=False)[:, 0]
         over = [(b, i) for b, rows in enumerate(dense.tolist()) for i, row in enumerate(rows) if len(runs(row)) > 4]
         if over:
-            with pytest.raises(ValueError, match=r"mirasol: attention mask: expected at most 4 .* for row \d+$"):
+            with pytest.raises(
+                ValueError,
+                match=rf"mirasol: attention mask: (batch row {over[0][0]}: )?expected at most 4 .* row {over[0][1]}$",
+            ):
                 integration.attention_mask_of(**case)
             return
         mask = integration.attention_mask_of(**case)
@@ -299,8 +332,11 @@ def test_every_mask_that_is_composed() -> None:
 def test_nothing_else_can_read_the_mask() -> None:
     mask = integration.attention_mask_of(2, 3, 3)
     assert mask.to("meta") is mask and repr(mask) == str(mask) == f"LayoutMask({mask.layout!r})"
-    with pytest.raises(TypeError):
-        torch.zeros(2, 1, 3, 3) + mask
+    bloom = hf.BloomForCausalLM(
+        hf.BloomConfig(vocab_size=64, hidden_size=16, n_layer=1, n_head=2, attn_implementation="mirasol")
+    )
+    with pytest.raises(TypeError, match="mirasol: this model does its attention by itself"):
+        bloom(torch.ones(1, 3, dtype=torch.long))
     with pytest.raises(
         AttributeError, match=r"mirasol: the attention mask is a SnippetLayout, not a tensor or .* dtype"
     ):
@@ -361,6 +397,12 @@ def test_an_image_in_too_many_pieces() -> None:
     inputs["mm_token_type_ids"] = torch.tensor([[1, 0] * (TOKENS // 2)] * 2)
     with pytest.raises(ValueError, match=r"mirasol: attention mask: .* at most 4 separate key ranges .* for row 0$"):
         model(**inputs)
+
+
+def test_an_older_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hf, "__version__", "5.3.0")
+    with pytest.raises(ImportError, match=r"mirasol: expected transformers 5\.4 or newer, got 5\.3\.0"):
+        integration.register()
 
 
 def call(mask: Any, q_len: int = 4, k_len: int = 4, is_causal: bool | None = None, **kwargs: Any) -> Tensor:
