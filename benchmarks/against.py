@@ -76,10 +76,11 @@ against.serve({threads})
 class Other:
     """The process. `ask` sends a question and waits for the answer; an error over there is a RuntimeError here."""
 
-    def __init__(self, tree: Path, threads: int) -> None:
-        code = START.format(tree=str(tree), root=str(harness.ROOT), threads=threads)
+    def __init__(self, tree: Path, threads: int, python: str = sys.executable, start: str = START) -> None:
+        """start: what that Python runs, a program with the fields tree, root and threads."""
+        code = start.format(tree=str(tree), root=str(harness.ROOT), threads=threads)
         self.process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", code], cwd=tree, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            [python, "-W", "ignore", "-c", code], cwd=tree, stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
 
     def ask(self, *question: Any) -> Any:
@@ -89,7 +90,7 @@ class Other:
             self.process.stdin.flush()
             answer = pickle.load(self.process.stdout)
         except (EOFError, OSError):
-            raise RuntimeError(f"the other commit's process ended with code {self.process.wait()}") from None
+            raise RuntimeError(f"the other process ended with code {self.process.wait()}") from None
         if isinstance(answer, Exception):
             raise answer
         return answer
@@ -145,6 +146,8 @@ def serve(threads: int) -> None:
             else:
                 assert turn is not None
                 answer = turn()
+                if answer < REST:  # a call so short shows that this process was asleep
+                    answer = turn()
         except NotImplementedError as refusal:
             answer = refusal
         except Exception as error:

@@ -23,15 +23,14 @@ from torch import Tensor, nn
 
 from benchmarks import harness
 from benchmarks.sweep import positive
-from benchmarks.whole import COMBINERS, FRAMES, configure
-from mirasol_model import Mirasol, MirasolConfig
+from benchmarks.whole import COMBINERS, FRAMES, configure, tokens_of
+from mirasol_model import MirasolConfig
 from mirasol_model.combiner import Combiner, TransformerCombiner, build_combiner
 from mirasol_model.config import PRESETS, CombinerConfig
 
 # What pruning is shown for: m 32 of n 326, queries included.
 VIDEO, AUDIO, LEAVING = 278, 16, 32
 TOKENS = VIDEO + AUDIO + LEAVING
-FRAMES_PER_SECOND = 25  # of the sample clip: it decides how many tokens of sound a snippet has
 TIMING_SECONDS = 4.0  # per comparison, over all candidates; at least three rounds
 NAMES = {False: "forward", True: "training step"}
 
@@ -145,14 +144,6 @@ class Job(NamedTuple):
     frames: int
     train: bool
     device: str
-
-
-def tokens_of(config: MirasolConfig) -> tuple[int, int]:
-    """Tokens of picture and of sound in a whole snippet."""
-    with torch.device("meta"):
-        model = Mirasol(config)
-    samples = config.video.frames * config.audio.sample_rate // FRAMES_PER_SECOND
-    return model.video_tokens.valid_tokens(config.video.frames), model.audio_tokens.valid_tokens(samples)
 
 
 def prepare(job: Job) -> Callable[[], Any]:

@@ -141,7 +141,7 @@ def in_graphs(
             recorded[name] = harness.Recorded(mine)
         except RuntimeError as failure:
             refused.append(Refusal(name, f"not captured in a CUDA graph: {first_line(failure)}"))
-    timings = harness.interleave(recorded, rounds=effort.rounds, warmup=effort.warmup / 4, budget=effort.seconds / 2)
+    timings = harness.interleave(recorded, rounds=effort.rounds, warmup=0, budget=effort.seconds / 2)
     return {
         name: {"graph_seconds": t.median, "graph_seconds_low": t.low, "graph_seconds_high": t.high}
         for name, t in timings.items()

@@ -52,6 +52,7 @@ class Stage(NamedTuple):
     result: Path | None = None  # JSON that the command writes as it goes
     missing: str | None = None  # why it cannot run here
     environment: Mapping[str, str] = {}
+    refusal: str | None = None  # what it prints where this machine does not let it work: that is no failure
 
 
 def stages(device: str) -> list[Stage]:
@@ -135,7 +136,9 @@ def sanitizer(tool: str) -> Stage:
     missing = None if found else "there is no compute-sanitizer"
     command = [found or "compute-sanitizer", "--tool", tool, "--error-exitcode", "9"]
     command += [sys.executable, "-m", "benchmarks.gpu_kernels"]
-    return Stage(tool, 20, command, missing=missing, environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+    each_its_own = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    refusal = "(Device not supported|Failed to initialize|Unable to (find|attach|open))"
+    return Stage(tool, 20, command, missing=missing, environment=each_its_own, refusal=refusal)
 
 
 def tool_of(name: str) -> str | None:

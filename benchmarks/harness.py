@@ -140,7 +140,7 @@ def peak_memory(prepare: Callable[..., Callable[[], Any]], *args: Any, device: s
         work = prepare(*args)
         before = forget_peak(device)
         result = work()
-        return Memory(before - others, _peak(device) - others), result
+        return Memory(before - others, peak_of(device) - others), result
     context = multiprocessing.get_context("spawn")
     receive, send = context.Pipe(duplex=False)
     process = context.Process(target=_watched, args=(send, device, prepare, args))
@@ -161,7 +161,7 @@ def _watched(send: Any, device: str, prepare: Callable[..., Callable[[], Any]], 
         work = prepare(*args)
         before = forget_peak(device)
         result = work()
-        send.send((Memory(before, _peak(device)), result))
+        send.send((Memory(before, peak_of(device)), result))
     except Exception as error:
         send.send(f"{type(error).__name__}: {error}")
 
@@ -183,11 +183,12 @@ def forget_peak(device: str) -> int:
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:  # not Linux, or not allowed: the peak then includes the preparation
-        return _peak(device)
+        return peak_of(device)
     return _status("VmRSS")
 
 
-def _peak(device: str) -> int:
+def peak_of(device: str) -> int:
+    """Bytes in use at most since `forget_peak`."""
     if device != "cpu":
         return torch.cuda.max_memory_allocated()
     if sys.platform == "linux":

@@ -19,7 +19,14 @@ from benchmarks.cases import NAMES
 from benchmarks.harness import threads
 
 INK = "#7d8590"  # a grey with enough contrast on white and on black; so are the colours
-COLOURS = {"native": "#2f81f7", "triton": "#2f81f7", "cuda": "#3fb950", "reference": "#db6d28", "compiled": "#a371f7"}
+COLOURS = {
+    "native": "#2f81f7",
+    "triton": "#2f81f7",
+    "cuda": "#3fb950",
+    "reference": "#db6d28",
+    "compiled": "#a371f7",
+    "mirasol-pytorch": "#f778ba",
+}
 PAGE: dict[Any, Any] = dict.fromkeys(
     ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK
 ) | {

@@ -57,6 +57,7 @@ def suite(op: str) -> tuple[ModuleType, dict[str, Any], dict[str, Peer]]:
 def watched(job: Job) -> Callable[[], int]:
     """In a fresh process: everything but the call, which returns the bytes in use before anything was prepared for it:
     a mask that is kept counts, what making it takes for a moment does not."""
+    start = 0 if job.device == "cpu" else torch.cuda.memory_allocated()  # by others: there it is not a fresh process
     torch.set_num_threads(job.threads)
     _, cases, peers = suite(job.op)
     torch.set_grad_enabled(job.direction == "backward")
@@ -67,7 +68,7 @@ def watched(job: Job) -> Callable[[], int]:
 
     small, this = problem(next(case for case in cases.values() if case.kind == "quick")), problem(cases[job.case])
     peers[job.peer].prepare(small)(*small.inputs)  # libraries and threads that start with a first call are not of this
-    before = harness.forget_peak(job.device)
+    before = harness.forget_peak(job.device) - start
     call = peers[job.peer].prepare(this)
 
     def work() -> int:
@@ -89,7 +90,8 @@ def measure(options: argparse.Namespace, save: Callable[[dict[str, Any]], None],
     if other is not None:
         ours = [peer.name for peer in known.values() if peer.ours and options.device in peer.devices]
         peers.insert(1, against.peer(options.op, ours, other))
-    effort = contest.QUICK if options.quick else contest.Effort(seconds=options.seconds)
+    warmup = contest.Effort().warmup / (1 if options.device == "cpu" else 4)
+    effort = contest.QUICK if options.quick else contest.Effort(seconds=options.seconds, warmup=warmup)
     report: dict[str, Any] = {
         "op": options.op,
         "machine": harness.machine(options.device),

@@ -6,12 +6,13 @@ python -m benchmarks.sweep --frames 16 32 64 128 256 512 [--clip PATH] [--preset
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import importlib.util
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from benchmarks import harness
+from benchmarks import against, harness, mirasol_pytorch
 from benchmarks.whole import (
     COMBINERS,
     COMPILED,
@@ -27,6 +28,7 @@ from benchmarks.whole import (
     FRAMES,
     NOISE,
     SAMPLE,
+    TEXT,
     Job,
     Results,
     build,
@@ -37,7 +39,9 @@ from benchmarks.whole import (
     runner,
     seconds_in_ops,
     step,
+    tokens_of,
 )
+from mirasol_kernels.__main__ import instruction_set
 from mirasol_model import Mirasol, MirasolConfig
 from mirasol_model.config import PRESETS
 from mirasol_model.media import Clip
@@ -64,15 +68,16 @@ def serving(
 
 
 def measure(
-    clip: Clip, models: tuple[Mirasol, Mirasol], jobs: Sequence[Job], bar: tqdm
+    clip: Clip, models: tuple[Mirasol, Mirasol], jobs: Sequence[Job], bar: tqdm, there: mirasol_pytorch.There | None
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """One size of clip on every backend. models: in the dtype of the jobs, and the same weights in float64.
 
-    -> rows of the table, and what could not be measured, with reasons.
+    there: somebody else's model in another process. -> rows of the table, and what could not be measured, with reasons.
     """
     model, exact_model = models
     combiner, frames, _, train, device = jobs[0][2:7]
-    clip, notes, works = first(clip, frames, device), [], {}
+    clip, notes = first(clip, frames, device), []
+    works: dict[str, Any] = {}
     outputs: dict[str, Results] = {}
 
     def run(name: str, call: Callable[..., Any], backend: str | None) -> None:
@@ -87,7 +92,8 @@ def measure(
             works[job.backend] = work
         except torch.OutOfMemoryError:
             notes.append(f"{combiner}: {job.backend} has too little memory for {frames} frames")
-    timings = harness.interleave(works, warmup=0, budget=TIMING_SECONDS, device=device)
+    others = {} if there is None else {mirasol_pytorch.NAME: there}
+    timings = harness.interleave(works | others, warmup=0, budget=TIMING_SECONDS, device=device)
     bar.update(frames * len(jobs))
 
     bar.set_description(f"{frames} frames, {combiner}: float64")
@@ -108,36 +114,58 @@ def measure(
         if job.backend not in timings:
             continue
         bar.set_description(f"{frames} frames, {combiner}: memory of {job.backend}")
-        memory, parameters = harness.peak_memory(prepare, job, device=device)
+        row = described(job, timings[job.backend], *harness.peak_memory(prepare, job, device=device))
         bar.update(frames)
         work, timing = works[job.backend], timings[job.backend]
-        row = {
-            "combiner": combiner,
-            "frames": frames,
-            "snippet": model.config.video.frames,
-            "backend": job.backend,
-            "seconds": timing.median,
-            "seconds_low": timing.low,
-            "seconds_high": timing.high,
-            "rounds": timing.rounds,
-            "frames_per_second": frames / timing.median,
-            "peak_bytes": memory.peak,
-            "step_bytes": memory.peak - memory.before,
-            "joules": None if device == "cpu" else harness.energy(work),
-            "error": exact and max(harness.error(outputs[job.backend][name], exact[name]) for name in exact),
-            "parameters": parameters,
-            "limit": None,
-        }
+        row["snippet"] = model.config.video.frames
+        row["joules"] = None if device == "cpu" else harness.energy(work)
+        row["error"] = exact and max(harness.error(outputs[job.backend][name], exact[name]) for name in exact)
         if "reference" in timings and job.backend not in ("reference", COMPILED):
             row["speed_up"] = timings["reference"].median / timing.median
             beyond = max(timing.median - seconds_in_ops(work, device), timing.median / 1000)
             row["limit"] = timings["reference"].median / beyond
         rows.append(row)
+    for name, other in others.items():
+        row = described(jobs[0]._replace(backend=name), timings[name], other.memory(), other.parameters)
+        rows.append(row | {"snippet": model.config.video.frames})
     return rows, notes
 
 
+def described(job: Job, timing: harness.Timing, memory: harness.Memory, parameters: int) -> dict[str, Any]:
+    return {
+        "combiner": job.combiner,
+        "frames": job.frames,
+        "backend": job.backend,
+        "seconds": timing.median,
+        "seconds_low": timing.low,
+        "seconds_high": timing.high,
+        "rounds": timing.rounds,
+        "frames_per_second": job.frames / timing.median,
+        "peak_bytes": memory.peak,
+        "step_bytes": memory.peak - memory.before,
+        "error": None,
+        "parameters": parameters,
+    }
+
+
+@contextlib.contextmanager
+def elsewhere(
+    options: argparse.Namespace, config: MirasolConfig, frames: int
+) -> Iterator[mirasol_pytorch.There | None]:
+    """mirasol-pytorch's model of that size, where it was asked for and is like this one."""
+    if options.mirasol_pytorch is None or (config.combiner.kind, config.combiner.context) != ("transformer", "current"):
+        yield None
+        return
+    other = against.Other(harness.ROOT, torch.get_num_threads(), options.mirasol_pytorch, mirasol_pytorch.START)
+    try:
+        built = mirasol_pytorch.settings(config, frames, *tokens_of(config))
+        yield mirasol_pytorch.There(other, built, frames, len(TEXT), options.train)
+    finally:
+        other.close()
+
+
 HEADER = (
-    f"{'frames':>6}  {'combiner':<13} {'backend':<9} {'ms':>8} {'10 .. 90 %':>17} {'frames/s':>8} "
+    f"{'frames':>6}  {'combiner':<13} {'backend':<15} {'ms':>8} {'10 .. 90 %':>17} {'frames/s':>8} "
     f"{'peak MB':>8} {'step MB':>8} {'error':>8} {'parameters':>11} {'speed-up':>8} {'limit':>6} {'joule':>7}"
 )
 
@@ -148,7 +176,7 @@ def line(row: dict[str, Any]) -> str:
     ratio, limit = (f"{row[key]:.2f}" if row.get(key) else "" for key in ("speed_up", "limit"))
     joule = f"{row['joules']:.2f}" if row.get("joules") else ""
     said = (
-        f"{row['frames']:>6}  {row['combiner']:<13} {row['backend']:<9} {row['seconds'] * 1e3:>8.1f} {spread:>17} "
+        f"{row['frames']:>6}  {row['combiner']:<13} {row['backend']:<15} {row['seconds'] * 1e3:>8.1f} {spread:>17} "
         f"{row['frames_per_second']:>8.1f} {row['peak_bytes'] / 1e6:>8.0f} {row['step_bytes'] / 1e6:>8.0f} "
         f"{error:>8} {row['parameters']:>11,} {ratio:>8} {limit:>6} {joule:>7}"
     )
@@ -182,6 +210,7 @@ def sweep(
     report: dict[str, Any] = {
         "machine": harness.machine(device),
         "ceilings": harness.ceilings(device),
+        "kernels": instruction_set(),
         "preset": options.preset,
         "dtype": options.dtype,
         "combiners": list(dict.fromkeys(options.combiner)),
@@ -208,7 +237,8 @@ def sweep(
                     str(options.clip), options.preset, combiner, frames, "", options.train, device, options.dtype,
                     options.snippet,
                 )  # fmt: skip
-                rows, notes = measure(clip, models, [job._replace(backend=name) for name in backends], bar)
+                with elsewhere(options, config, frames) as there:
+                    rows, notes = measure(clip, models, [job._replace(backend=name) for name in backends], bar, there)
                 for row in rows:
                     bar.write(line(row), file=sys.stdout)
                 sys.stdout.flush()
@@ -216,7 +246,8 @@ def sweep(
                 report["notes"] += notes
                 save(report)
                 bar.update(2 * frames * (known - len(backends)))
-            counts = {row["parameters"] for row in report["rows"] if row["combiner"] == combiner}
+            mine = [row for row in report["rows"] if row["combiner"] == combiner]
+            counts = {row["parameters"] for row in mine if row["backend"] != mirasol_pytorch.NAME}
             assert len(counts) <= 1, f"{combiner}: the parameter count depends on the length of the clip: {counts}"
     return report
 
@@ -242,12 +273,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default=["all"],
         help="; ".join(f"{name}: {meaning}" for name, meaning in COMBINERS.items()) + " (default: all)",
     )
+    parser.add_argument(
+        "--mirasol-pytorch",
+        metavar="PYTHON",
+        help="that package's model beside Combiner current, run by this Python (on a CPU)",
+    )
     parser.add_argument("--train", action="store_true", help="a training step instead of a forward pass")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the files (default: out)")
     options = parser.parse_args(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     files = [options.out / "sweep.json", options.out / "sweep.png"]
     try:  # what can be wrong with the arguments is found out before anything is measured
+        if options.mirasol_pytorch and device != "cpu":
+            raise ValueError("--mirasol-pytorch runs on a CPU, and this sweep on a GPU")
         options.out.mkdir(parents=True, exist_ok=True)
         if not os.access(options.out, os.W_OK):
             raise PermissionError(f"{options.out}: no permission to write into this folder")

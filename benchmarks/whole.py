@@ -14,7 +14,7 @@ from mirasol_model.media import Clip, read_clip
 
 SAMPLE = harness.ROOT / "examples" / "sample.mp4"
 NOISE = "noise"  # in the place of a file: a clip of any length, which no time depends on and nothing has to decode
-NOISE_FPS = 25.0
+NOISE_FPS = 25.0  # and of the sample clip: it decides how many tokens of sound a snippet has
 FRAMES = (16, 32, 64, 128, 256, 512)
 COMBINERS = {
     "all": "a transformer over all snippets so far",
@@ -50,6 +50,14 @@ def configure(preset: str, combiner: str, snippet: int | None = None) -> Mirasol
     if snippet is not None:
         config["video"]["frames"] = snippet
     return MirasolConfig.from_dict(config)
+
+
+def tokens_of(config: MirasolConfig) -> tuple[int, int]:
+    """Tokens of picture and of sound in a whole snippet."""
+    with torch.device("meta"):
+        model = Mirasol(config)
+    samples = config.video.frames * config.audio.sample_rate // int(NOISE_FPS)
+    return model.video_tokens.valid_tokens(config.video.frames), model.audio_tokens.valid_tokens(samples)
 
 
 def build(config: MirasolConfig, device: str, dtype: str = "float32") -> Mirasol:
@@ -94,7 +102,7 @@ def step(
     text = torch.tensor([[3 + byte for byte in TEXT]], device=like.device)  # (1, L)
     model.zero_grad()
     with mirasol_kernels.use_backend(backend), torch.set_grad_enabled(train):
-        out = (call or model)(video, audio, text, labels=text if train else None)
+        out = (model if call is None else call)(video, audio, text, labels=text if train else None)
         if train:
             out.loss.backward()
     found = {"logits": [out.logits.detach()], "latents": [out.latents.detach()]}

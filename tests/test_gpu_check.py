@@ -107,7 +107,10 @@ gpu_check.check(stages, report, 60, lambda now: gpu_check.write(now, gpu_check.W
 
 def test_what_is_not_here_is_a_reason(work):
     stages = [Stage("sanitizer", 5, ["none"], missing="there is none"), python("bad", 5, "raise SystemExit('said so')")]
-    skipped, failed = check(stages, 20, work)["stages"]
+    no = "print('========= Device not supported by this tool'); raise SystemExit(1)"
+    stages += [python("refused", 5, no, refusal="Device not supported")]
+    skipped, failed, refused = check(stages, 20, work)["stages"]
+    assert (refused["status"], refused["said"]) == ("skipped", "Device not supported by this tool")
     assert (skipped["status"], skipped["said"]) == ("skipped", "there is none") and not gpu_check.bad(skipped)
     assert gpu_check.bad(failed) and gpu_check.line(failed).endswith("said so")
 

@@ -225,7 +225,7 @@ def test_another_process_takes_turns():
 def test_another_process_that_dies():
     other = against.Other(harness.ROOT, 1)
     other.process.kill()
-    with pytest.raises(RuntimeError, match="the other commit's process ended with code -9"):
+    with pytest.raises(RuntimeError, match="the other process ended with code -9"):
         other.ask("turn")
     other.close()
 

@@ -1,0 +1,113 @@
+"""Whom the sweep compares the model with: itself compiled, and somebody else's model in an environment of its own."""
+
+from __future__ import annotations
+
+import json
+import sys
+from functools import partial
+
+import pytest
+import torch
+
+pytest.importorskip("tqdm", reason="tqdm draws the bar")
+
+from benchmarks import against, harness, mirasol_pytorch, sweep, whole
+
+# Only what is asked of it: the shapes that the real one asserts, and a loss.
+FAKE = """
+import torch
+class Mirasol(torch.nn.Module):
+    def __init__(self, **settings):
+        super().__init__()
+        self.s, self.scale = settings, torch.nn.Parameter(torch.ones(3))
+    def forward(self, video, audio, text, return_loss):
+        print("to the errors")
+        s = self.s
+        assert video.shape[2] % s["video_frames_per_timechunk"] == 0 and video.shape[3] == s["video_image_size"]
+        columns = s["audio_time_dim_per_timechunk"]
+        assert audio.shape[1:] == (s["audio_freq_dim"], columns**2) and columns % s["audio_patch_size"][1] == 0
+        assert columns >= video.shape[2] // s["video_frames_per_timechunk"]
+        assert torch.is_grad_enabled() == return_loss
+        return self.scale.sum()
+"""
+
+
+@pytest.fixture
+def installed(tmp_path, monkeypatch):
+    (tmp_path / "mirasol_pytorch.py").write_text(FAKE)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+
+@pytest.mark.parametrize("preset", ["small", "base"])
+@pytest.mark.parametrize("frames", [16, 128, 512, 2048])
+def test_it_is_built_like_ours(preset, frames):
+    config = whole.configure(preset, "current")
+    video, audio = whole.tokens_of(config)
+    made = mirasol_pytorch.settings(config, frames, video, audio)
+    patch, time = made["video_patch_size"]
+    tokens = (made["video_image_size"] // patch) ** 2 * (config.video.frames // time)
+    assert made["video_image_size"] % patch == config.video.frames % time == 0 and 0.5 < tokens / video < 2
+    high, wide = made["audio_patch_size"]
+    columns = made["audio_time_dim_per_timechunk"]
+    assert columns % wide == 0 and columns // wide * (made["audio_freq_dim"] // high) == audio
+    assert columns >= frames // config.video.frames
+    assert made["dim"] % 12 == 0  # its position embedding of three axes
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Memory, which takes a process each, and ceilings are test_sweep's."""
+    monkeypatch.setattr(harness, "peak_memory", lambda prepare, job, device: (harness.Memory(1, 2), 7))
+    monkeypatch.setattr(harness, "ceilings", lambda device: {"gemm float32": 1e11, "copy": 1e10})
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_in_the_sweep(installed, quick, train, tmp_path):
+    arguments = ["--preset", "tiny", "--clip", "noise", "--frames", "4", "8", "--combiner", "current", "token_learner"]
+    arguments += ["--mirasol-pytorch", sys.executable, "--out", str(tmp_path)] + ["--train"] * train
+    assert sweep.main(arguments) == 0
+    report = json.loads((tmp_path / "sweep.json").read_text())
+    theirs = [row for row in report["rows"] if row["backend"] == mirasol_pytorch.NAME]
+    assert [(row["combiner"], row["frames"]) for row in theirs] == [("current", 4), ("current", 8)]
+    for row in theirs:
+        assert row["parameters"] == 3 and row["error"] is None and row["seconds"] > 0
+        assert row["peak_bytes"] >= row["step_bytes"] >= 0
+    ours = [row for row in report["rows"] if row["backend"] == "native"]
+    assert all(row["speed_up"] > 0 and row["limit"] >= row["speed_up"] * (1 - 1e-9) for row in ours)
+    assert report["clip"] == "noise" and report["sound"]
+
+
+def test_what_goes_wrong_there_is_said_here(installed):
+    other = against.Other(harness.ROOT, 1, sys.executable, mirasol_pytorch.START)
+    try:
+        with pytest.raises(RuntimeError, match="KeyError: 'audio_time_dim_per_timechunk'"):
+            mirasol_pytorch.There(other, {}, 8, 5, False)
+    finally:
+        other.close()
+
+
+def test_the_compiled_reference(quick, monkeypatch, tmp_path):
+    """Traced as it is, but not through Inductor, which takes a minute for this."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    arguments = ["--preset", "tiny", "--clip", "noise", "--frames", "8", "--compile", "--out", str(tmp_path)]
+    assert sweep.main(arguments) == 0
+    rows = {row["backend"]: row for row in json.loads((tmp_path / "sweep.json").read_text())["rows"]}
+    assert rows["compiled"]["error"] < 1e-3 and rows["compiled"]["step_bytes"] >= 0
+    assert "speed_up" not in rows["compiled"] and "speed_up" not in rows["reference"]
+
+
+def test_half_precision_and_other_snippets(quick, tmp_path):
+    arguments = ["--preset", "tiny", "--clip", "noise", "--frames", "8", "--dtype", "bfloat16", "--snippet", "8"]
+    assert sweep.main([*arguments, "--out", str(tmp_path)]) == 0
+    report = json.loads((tmp_path / "sweep.json").read_text())
+    assert report["dtype"] == "bfloat16" and {row["snippet"] for row in report["rows"]} == {8}
+    assert all(1e-5 < row["error"] < 0.5 for row in report["rows"])
+
+
+def test_noise_is_a_clip_of_any_length():
+    config = whole.configure("tiny", "all")
+    clip = whole.load(whole.NOISE, config, 700)
+    assert clip.video.shape == (3, 700, config.video.size, config.video.size) and clip.fps == 25
+    assert clip.audio.shape == (700 * config.audio.sample_rate // 25,)
+    again = whole.load(whole.NOISE, config, 700)
+    assert torch.equal(clip.video, again.video) and torch.equal(clip.audio, again.audio)
