@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -32,7 +33,8 @@ from mirasol_model.data import Example
 from mirasol_model.needle import CHANCE, KINDS, Needle
 
 PROMPT = 6  # tokens of the longest prompt
-SNIPPETS = 128  # of a training step: more short clips, or fewer long ones
+FRAMES = 512  # of a training step: more short clips, or fewer long ones
+SHORT = 0.35  # the first part of training, on the shortest clips alone
 LEARNING_RATE, BETAS, WEIGHT_DECAY, WARMUP, CLIP = 1e-3, (0.9, 0.98), 0.01, 50, 1.0
 DECAY = 0.4  # the last part of the time, in which the learning rate falls to a twentieth
 TRAIN_SEED, TEST_SEED = 1, 2
@@ -69,7 +71,7 @@ class Reader(nn.Module):
         super().__init__()
         self.model, self.sound = Mirasol(config), sound
         if not latent:
-            self.model.latent = nn.Identity()  # h_t is x_t
+            self.model.add_module("latent", nn.Identity())  # h_t is x_t
 
     def forward(self, batch: Batch) -> Tensor:
         """-> logits of the answers (B, K, vocabulary)"""
@@ -106,16 +108,10 @@ def configure(**combiner: Any) -> MirasolConfig:
     )
 
 
-def _published() -> nn.Module:
+def peer(*, mended: bool) -> nn.Module:
     from benchmarks.needle_peer import Peer
 
-    return Peer(chunks=8)
-
-
-def _mended() -> nn.Module:
-    from benchmarks.needle_peer import Peer
-
-    return Peer(chunks=None)
+    return Peer(mended=mended)
 
 
 VARIANTS = {
@@ -127,31 +123,31 @@ VARIANTS = {
     "no-audio": Variant("transformer-current, deaf", lambda: Reader(configure(), sound=False)),
     "no-latent": Variant("transformer-current, h_t = x_t", lambda: Reader(configure(), latent=False)),
     "shifted": Variant("transformer-current, sound a snippet late", lambda: Reader(configure()), shift=1),
-    "mirasol-pytorch": Variant("as published: clips of 8 snippets only", _published, lengths=(32,)),
-    "mirasol-pytorch-mended": Variant("its audio in order, clips of any length", _mended),
+    "mirasol-pytorch": Variant("as published: clips of 8 snippets only", lambda: peer(mended=False), lengths=(32,)),
+    "mirasol-pytorch-mended": Variant("its sound put in order: clips of any length", lambda: peer(mended=True)),
 }
 
 
-def train(variant: Variant, frames: Sequence[int], seconds: float, seed: int) -> tuple[nn.Module, dict[str, Any]]:
-    """For so many seconds of CPU time -> the model, and what happened."""
+def train(
+    variant: Variant, frames: Sequence[int], *, seconds: float = math.inf, steps: float = math.inf, seed: int = 0
+) -> tuple[nn.Module, dict[str, Any]]:
+    """For so many seconds of CPU time, or so many steps -> the model, and what happened."""
     torch.manual_seed(seed)
     model = variant.build()
-    lengths = [n for n in frames if variant.lengths is None or n in variant.lengths]
+    lengths = sorted(n for n in frames if variant.lengths is None or n in variant.lengths)
     if not lengths:
         raise ValueError(f"train: frames: expected one of {variant.lengths}, got {list(frames)}")
     data = {n: stream(Needle(2**40, TRAIN_SEED, frames=n, lures=LURES, shift=variant.shift)) for n in lengths}
-    optimizer = torch.optim.AdamW(
-        model.parameters(), LEARNING_RATE, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True
-    )
-    begin, step, average, curve = time.process_time(), 0, torch.zeros(len(KINDS)), []
-    with tqdm(total=round(seconds), unit="s", bar_format="{l_bar}{bar}{n:.0f}/{total} CPU s {postfix}") as bar:
-        while (spent := time.process_time() - begin) < seconds:
-            left = 1 - spent / seconds
-            rate = LEARNING_RATE * min(1.0, (step + 1) / WARMUP) * max(0.05, min(1.0, left / DECAY))
+    optimizer = torch.optim.AdamW(model.parameters(), LEARNING_RATE, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True)
+    begin, step, average = time.process_time(), 0, torch.zeros(len(KINDS))
+    curve: list[dict[str, float]] = []
+    with tqdm(total=100, unit="%", bar_format="{l_bar}{bar}| {elapsed}<{remaining}{postfix}") as bar:
+        while (done := max((spent := time.process_time() - begin) / seconds, step / steps)) < 1:
+            rate = LEARNING_RATE * min(1.0, (step + 1) / WARMUP) * max(0.05, min(1.0, (1 - done) / DECAY))
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            n = lengths[int(torch.randint(len(lengths), ()))]
-            batch = collate([next(data[n]) for _ in range(max(1, SNIPPETS * 4 // n))])
+            n = lengths[0] if done < SHORT else lengths[int(torch.randint(len(lengths), ()))]
+            batch = collate([next(data[n]) for _ in range(max(1, FRAMES // n))])
             losses = F.cross_entropy(model(batch).movedim(2, 1), batch.answers, reduction="none").mean(0)  # (K,)
             optimizer.zero_grad()
             losses.mean().backward()
@@ -160,10 +156,10 @@ def train(variant: Variant, frames: Sequence[int], seconds: float, seed: int) ->
             step += 1
             average = average.lerp(losses.detach(), max(0.05, 1 / step))
             if not curve or spent - curve[-1]["seconds"] > REPORT_SECONDS:
-                now = dict(zip(KINDS, average.tolist(), strict=True))
-                curve.append({"seconds": spent, "step": step} | now)
-                bar.set_postfix_str(", ".join(f"{kind} {loss:.3f}" for kind, loss in now.items()))
-            bar.update(spent - bar.n)
+                now = {kind: round(loss, 4) for kind, loss in zip(KINDS, average.tolist(), strict=True)}
+                curve.append({"seconds": round(spent, 2), "step": step} | now)
+                bar.set_postfix(now)
+            bar.update(100 * done - bar.n)
     spent = time.process_time() - begin
     parameters = sum(p.numel() for p in model.parameters() if p.grad is not None)
     row = {"parameters": parameters, "steps": step, "seconds": spent, "seconds_per_step": spent / step}
@@ -190,7 +186,7 @@ def exact_match(model: nn.Module, frames: int, clips: int, shift: int = 0) -> di
 
 def run(name: str, options: argparse.Namespace) -> dict[str, Any]:
     variant = VARIANTS[name]
-    model, row = train(variant, options.frames, 60 * options.minutes, options.seed)
+    model, row = train(variant, options.frames, seconds=60 * options.minutes, seed=options.seed)
     exact, refused = {}, {}
     for frames in options.test:
         try:

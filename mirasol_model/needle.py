@@ -107,6 +107,8 @@ class Needle(Dataset[Example]):
             raise ValueError(
                 f"Needle: frames: expected multiples of snippet {snippet}, at least {FEWEST * snippet}, got {frames}"
             )
+        if not self.lures or any(not 0 <= n <= 3 for n in self.lures):
+            raise ValueError(f"Needle: lures: expected 0 .. 3, got {lures}")
         if size < 16:
             raise ValueError(f"Needle: size: expected at least 16, got {size}")
         if sample_rate % FRAMES_PER_SECOND or sample_rate <= 2 * SOUND_HERTZ[-1]:
