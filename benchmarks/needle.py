@@ -1,6 +1,6 @@
 """Who finds the needle in a video: every Combiner, what ablations lose, and mirasol-pytorch on the same clips.
 
-python -m benchmarks.needle [--variants transformer-current ttm ...] [--minutes 3] [--frames 32 64 128] [--out out]
+python -m benchmarks.needle [--variants transformer-current ttm ...] [--minutes 1] [--frames 32 64 128] [--out out]
 python -m benchmarks.needle --report out/needle.json
 
 Each variant is trained for the same CPU time of one thread on clips of mixed lengths, all four questions of a clip at
@@ -232,7 +232,7 @@ def read(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.needle", description=__doc__.splitlines()[0])
     ours = [name for name in VARIANTS if not name.startswith("mirasol-pytorch")]
     parser.add_argument("--variants", choices=VARIANTS, nargs="+", default=ours)
-    parser.add_argument("--minutes", type=float, default=3.0, help="CPU time of each (default: 3)")
+    parser.add_argument("--minutes", type=float, default=1.0, help="CPU time of each (default: 1)")
     parser.add_argument("--frames", type=positive, nargs="+", default=[32, 64, 128], help="trained on (32 64 128)")
     parser.add_argument("--test", type=positive, nargs="+", default=[32, 128, 512], help="tested on (32 128 512)")
     parser.add_argument("--clips", type=positive, default=256, help="fresh ones, with four questions each (256)")
