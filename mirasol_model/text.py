@@ -17,7 +17,7 @@ Extend = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 # Ages turn keys by AGE_SCALE log(age). Turned by the age itself, a decoder trained on clips of up to 32 snippets was at
 # chance on the order of events in clips of 128. In logarithms those lie as far from what it knows as 4 from 1.
-AGE_SCALE = 8.0
+AGE_SCALE = 2.0
 
 
 class Memory(NamedTuple):
