@@ -1,6 +1,7 @@
 """Needle in a video: a generated task that needs the past, the sound, and which sound came with which picture.
 
-A clip is moving noise with a grey ball and a faint hiss. In it, each in a snippet of its own kind's choice:
+A clip is moving noise with a grey ball and a faint hiss. Events last a whole snippet, picture and sound each in
+snippets of their own but for the square:
 
 - a coloured disc in the first quarter of the clip;               "early?"  its colour, of r g b y        (chance 1/4)
 - a chime, one of four pitches of the upper band;                 "sound?"  its pitch, of a b c d         (chance 1/4)
@@ -8,8 +9,8 @@ A clip is moving noise with a grey ball and a faint hiss. In it, each in a snipp
   square during one of them;                                      "pair?"   the square's pitch, 1 2 3 4   (chance 1/4)
 - a cyan cross and a magenta diamond, half the clip apart;        "order?"  what came first, + or x       (chance 1/2)
 
-Chance is exact. Every 128 clips hold each combination of answers once. All four pitches sound in every clip, and given
-the sound alone each of them is equally likely to be the square's, as is each given the picture alone: `pair` needs
+Chance is exact: every 128 clips hold each combination of answers once. All four low pitches sound in every clip; given
+the sound alone each of them is equally likely to be the square's, and so it is given the picture alone. `pair` needs
 both, aligned. Everything here is ours.
 """
 
@@ -79,8 +80,10 @@ class Needle(Dataset[Example]):
     """`clips` clips with four questions each: item i is question i % 4 of clip i // 4, a function of (seed, i) alone.
 
     video (3, frames, size, size) uint8, no two frames alike; audio (frames * sample_rate / 25) float32.
-    frames: of a clip; of several numbers each clip takes one. snippet: frames of a snippet, which the model must share:
-    events last a whole one. shift: how many snippets too late the sound is (an ablation; it wraps around).
+    frames: of a clip; of several numbers each clip takes one. snippet: frames of a snippet, which the model must share.
+    lures: low pitches besides the square's, 0 to 3; of several numbers each clip takes one. With fewer than three the
+    sound alone says something of the answer to `pair`: a model finds the way from there, so train on (0, 1, 2, 3).
+    shift: how many snippets too late the sound is (an ablation; it wraps around).
     """
 
     def __init__(
