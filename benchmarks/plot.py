@@ -191,10 +191,12 @@ def draw_needle(report: dict[str, Any], path: Path) -> None:
             fontsize=11,
         )
         for (kind, chance), axes in zip(CHANCE.items(), grid, strict=True):
-            for row in rows:
-                x = [int(frames) for frames in row["exact"]]
+            for i, row in enumerate(rows):
+                aside = 2 ** ((i - (len(rows) - 1) / 2) / 12)  # so that equal ones do not hide each other
+                x = [int(frames) * aside for frames in row["exact"]]
                 y = [exact[kind] for exact in row["exact"].values()]
-                axes.plot(x, y, color=colours[row["variant"]], marker="o", markersize=4, label=row["variant"])
+                colour = colours[row["variant"]]
+                axes.plot(x, y, color=colour, linewidth=0.8, marker="o", markersize=5, label=row["variant"])
             axes.axhline(chance, color=INK, linestyle="--", linewidth=1)
             axes.set_xscale("log", base=2)
             axes.set_xticks(sorted({int(frames) for row in rows for frames in row["exact"]}))
