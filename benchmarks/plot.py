@@ -260,3 +260,38 @@ def _name_spots(axes: Axes, spots: Sequence[tuple[float, float, str, str]]) -> N
         taken.append((left, right, at))
         colour, shift = OP_COLOURS.get(op, INK), (5, at - top)
         axes.annotate(case, (x, y), xytext=shift, textcoords="offset points", fontsize=6, color=colour, va="center")
+
+
+def draw_needle(report: dict[str, Any], path: Path) -> None:
+    """A panel per kind of question: right answers over the length of the clip, per variant, and chance."""
+    from mirasol_model.needle import CHANCE
+
+    rows = report["rows"]
+    colours = dict(zip([row["variant"] for row in rows], itertools.cycle(("#2f81f7", *PEER_COLOURS)), strict=False))
+    with plt.rc_context(PAGE):
+        figure, grid = plt.subplots(1, len(CHANCE), figsize=(13, 4.2), sharey=True, layout="constrained")
+        machine = rows[0]["machine"]
+        figure.suptitle(
+            f"Needle in a video: exact match on fresh clips, trained on {min(rows[0]['frames'])} to "
+            f"{max(rows[0]['frames'])} frames for {rows[0]['minutes']:g} min ({machine['cpu']}, 1 thread)",
+            fontsize=11,
+        )
+        for (kind, chance), axes in zip(CHANCE.items(), grid, strict=True):
+            for i, row in enumerate(rows):
+                aside = 2 ** ((i - (len(rows) - 1) / 2) / 12)  # so that equal ones do not hide each other
+                x = [int(frames) * aside for frames in row["exact"]]
+                y = [exact[kind] for exact in row["exact"].values()]
+                colour = colours[row["variant"]]
+                axes.plot(x, y, color=colour, linewidth=0.8, marker="o", markersize=5, label=row["variant"])
+            axes.axhline(chance, color=INK, linestyle="--", linewidth=1)
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(sorted({int(frames) for row in rows for frames in row["exact"]}))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda at, _: f"{at:g}"))
+            axes.minorticks_off()
+            axes.set_ylim(0, 1.03)
+            axes.set_title(kind, loc="left", fontsize=10)
+            axes.set_xlabel("frames in the clip")
+            axes.grid(color=INK, alpha=0.25, linewidth=0.6)
+        figure.legend(*grid[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
+        figure.savefig(path, dpi=150, transparent=True)
+        plt.close(figure)

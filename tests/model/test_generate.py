@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -22,6 +23,19 @@ def uncached(made, encoded, prompt, steps):
         logits = made.text(text, made.text.remember(encoded.latents, encoded.age))
         text = torch.cat([text, logits[:, -1:].argmax(-1)], dim=1)
     return text[:, prompt.shape[1] :]
+
+
+def test_ages_count_by_their_ratio():
+    """Keys turn by the logarithm of the age: from 1 to 4 is as far as from 32 to 128. What is past the end has none."""
+    decoder = model().text
+    h = torch.randn(1, 1, 4, 64, dtype=torch.float64).expand(1, 5, 4, 64)
+    memory = decoder.remember(h, np.array([[128, 32, 4, 1, 0]]))
+    for keys, _ in memory.layers:
+        far, near = (keys.unflatten(2, (5, 4))[:, :, at] for at in (slice(0, 2), slice(2, 4)))  # (1, H, 2, 4, D)
+        turned = [(pair[:, :, 0] * pair[:, :, 1]).sum(-1) for pair in (far, near)]
+        assert_close_fp64(turned[0], turned[1])
+        assert (turned[0] - keys.unflatten(2, (5, 4))[:, :, 3].square().sum(-1)).abs().max() > 1e-3
+    assert memory.real.flatten().tolist() == [True] * 16 + [False] * 4
 
 
 @pytest.mark.parametrize("variant", ["current", "ttm"])
