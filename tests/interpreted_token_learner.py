@@ -32,8 +32,8 @@ MODULES = (triton, triton_layer, triton_backward, triton_weights)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
 
 
-def interpreted(processors: int = 2) -> Backend:
-    machine = Machine(90, processors)
+def interpreted(processors: int = 2, capability: int = 90) -> Backend:
+    machine = Machine(capability, processors)
 
     def forward(*args: Any) -> tuple[Tensor, ...]:
         results = op._fake_fwd(*args)
@@ -133,8 +133,9 @@ def test_regimes(name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert_right(cases.case(name), orders=3)
 
 
-@pytest.mark.parametrize("name", ["valid", "wide", "write"])
-def test_tiles_of_the_table(name: str) -> None:
+@pytest.mark.parametrize(("name", "capability"), [("valid", 90), ("wide", 90), ("write", 90), ("wide", 80)])
+def test_tiles_of_the_table(name: str, capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(op.OP, "backends", [interpreted(capability=capability)])
     assert_right(cases.case(name))
 
 
