@@ -19,8 +19,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from benchmarks import harness
-from benchmarks.combiner import FRAMES_PER_SECOND, tokens_of
-from benchmarks.sweep import COMBINERS, TEXT, build, configure, positive
+from benchmarks.sweep import positive
+from benchmarks.whole import COMBINERS, NOISE_FPS, TEXT, build, configure, tokens_of
 from mirasol_model import Mirasol, MirasolConfig
 from mirasol_model.config import PRESETS
 
@@ -43,7 +43,7 @@ def step_of(model: Mirasol, frames: int, device: str) -> Callable[[], Any]:
     """Forward and backward over a clip of noise."""
     video, rate = model.config.video, model.config.audio.sample_rate
     pixels = torch.randint(0, 256, (1, 3, frames, video.size, video.size), dtype=torch.uint8, device=device)
-    sound = torch.rand(1, frames * rate // FRAMES_PER_SECOND, device=device) - 0.5
+    sound = torch.rand(1, int(frames * rate / NOISE_FPS), device=device) - 0.5
     text = torch.tensor([[3 + byte for byte in TEXT]], device=device)  # (1, L)
     return lambda: model(pixels, sound, text, labels=text).loss.backward()
 

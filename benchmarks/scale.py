@@ -38,7 +38,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from benchmarks import harness
-from benchmarks.sweep import configure, positive
+from benchmarks.sweep import positive
+from benchmarks.whole import configure
 from mirasol_kernels import Ranks, SnippetLayout
 from mirasol_kernels.block_causal_attention.op import OP
 from mirasol_model import Mirasol, MirasolConfig

@@ -11,7 +11,7 @@ pytest.importorskip("av", reason="the sweep, whose Combiners it takes, reads a c
 import torch
 
 from benchmarks import harness, recompute
-from benchmarks.sweep import configure
+from benchmarks.whole import configure
 from mirasol_model import Mirasol, MirasolConfig
 
 

@@ -10,7 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import scale
-from benchmarks.sweep import configure
+from benchmarks.whole import configure
 from mirasol_kernels import SnippetLayout, block_causal_attention, explain
 
 if explain("block_causal_attention")["native"] != "runs":
