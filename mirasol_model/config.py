@@ -187,7 +187,7 @@ class MirasolConfig:
     latent: LatentConfig = field(default_factory=LatentConfig)
     text: TextConfig = field(default_factory=TextConfig)
     losses: LossConfig = field(default_factory=LossConfig)
-    recompute: Literal["none", "snippet"] = "none"  # ours: "snippet" keeps no activation of encoders and Combiner
+    recompute: Literal["none", "snippet"] = "none"  # ours: "snippet" recomputes all but the text decoder in backward
 
     def __post_init__(self) -> None:
         expect(self.recompute in ("none", "snippet"), "recompute", "'none' or 'snippet'", self.recompute)

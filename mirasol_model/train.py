@@ -209,8 +209,8 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, Any]:
-        """Greedy answers to all questions -> {"exact": share that is right to the letter, by kind and in all, "of": how
-        many there were, "skipped": how many could not be asked}."""
+        """Greedy answers to all questions -> {"exact": share that is right to the letter (as far as the tokenizer keeps
+        letters), by kind and in all, "of": how many there were, "skipped": how many could not be asked}."""
         assert self.questions is not None
         right: Counter[str] = Counter()
         asked: Counter[str] = Counter()
@@ -224,7 +224,7 @@ class Trainer:
                 for kind, given, answer in zip(batch.kinds, self.answers(batch), batch.answers, strict=True):
                     for name in {kind or "all", "all"}:
                         asked[name] += 1
-                        right[name] += given == answer
+                        right[name] += given == self.text.words(self.text.answer(answer))
         self.model.train()
         if self.ranks > 1:
             every: list[Any] = [None] * self.ranks
