@@ -45,6 +45,8 @@ def files_of(group: Group) -> str:
 
 def where(report: Report) -> str:
     machine = report["machine"]
+    if not machine:
+        return "a machine that its file does not name"
     chip = machine.get("gpu") or f"{machine['cpu']}, {machine['isa']}, {harness.threads(machine)}"
     return f"{chip}, torch {machine['torch']}" + (f", Triton {machine['triton']}" if machine.get("gpu") else "")
 
@@ -219,6 +221,8 @@ def flattened(row: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 def cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.3g}"
+    if isinstance(value, list):
+        return f"{len(value)} values"
     return (
         f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else "" if value is None else str(value)
     )

@@ -54,8 +54,9 @@ def kinds(what: str, stage: str, report: Report) -> Iterator[tuple[str, str, str
         snippet = next((row["snippet"] for row in report["rows"] if "snippet" in row), 8)
         name = f"{report['preset']}, {task}, snippets of {snippet}, {' and '.join(report['combiners'])}"
         yield "sweep", name, report.get("dtype", "float32"), report
-    else:
-        yield "other", what, "", report
+    else:  # a row per measurement, or one for all
+        rows = report.get("rows") or [{key: x for key, x in report.items() if key not in ("machine", "ceilings")}]
+        yield "other", what, "", report | {"rows": rows, "machine": report.get("machine", {})}
 
 
 def groups(folder: Path = FOLDER) -> list[Group]:

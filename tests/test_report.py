@@ -124,6 +124,12 @@ def test_other_files_are_tables_as_well(folder):
     ]  # fmt: skip
 
 
+def test_files_of_any_form_are_shown(folder):
+    (group,) = folder(x_2026_01_01_odd={"loss": [1.0, 0.5], "steps": 7})
+    assert report.other_table(group)[2] == "| 2 values | 7 |"
+    assert "a machine that its file does not name" in report.document([group])
+
+
 def test_pictures(folder, tmp_path):
     from matplotlib import image
 
