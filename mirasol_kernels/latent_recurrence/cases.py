@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -106,4 +106,30 @@ def problem_case(name: str, p: Problem, device: torch.device | str = "cpu", dtyp
         parameters = template.replace({key: tensors[key] for key in weights})
         return token_turing_recurrence(tensors["memory"], sources, parameters, valid=valid, backend=backend)
 
-    return Case(name, call, {key: x.to(device, dtype) for key, x in tensors.items()})
+    fused = (p.memory_mode, p.processor, p.unit) == (
+        "TL",
+        "transformer",
+        "standard",
+    )  # what rounds in orders of its own
+    orders = tuple(shuffled(call, p.c, seed) for seed in range(4)) if fused else ()
+    return Case(name, call, {key: x.to(device, dtype) for key, x in tensors.items()}, orders)
+
+
+def shuffled(call: Callable[..., tuple[Tensor, Tensor]], c: int, seed: int) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The same call, of token learners and a transformer, with its c channels in another order inside."""
+    order = torch.randperm(c, generator=torch.Generator().manual_seed(seed))
+
+    def moved(*, backend: str | None = None, **tensors: Tensor) -> tuple[Tensor, Tensor]:
+        for name, x in tensors.items():
+            if name.endswith(("mlp.hidden.weight", "q.weight", "k.weight", "v.weight")):
+                tensors[name] = x[:, order]  # (out, c)
+            elif "process.blocks" in name and name.endswith(("out.weight", "out.bias")):
+                tensors[name] = x[order]  # (c, in), (c,)
+            elif name.endswith(("memory", "norm.weight", "norm.bias", "norm1.weight", "norm1.bias")) or (
+                name.startswith(("source", "positions", "process.positions")) or ".norm2." in name
+            ):
+                tensors[name] = x[..., order]
+        memory, outputs = call(backend=backend, **tensors)
+        return memory[..., order.argsort()], outputs[..., order.argsort()]
+
+    return moved
