@@ -91,16 +91,28 @@ class ClipFolder(Dataset[Example]):
         return Example(video, clip.audio, fields["prompt"], fields["answer"], fields["kind"])
 
 
-def open_folder(options: dict[str, Any], model: MirasolConfig) -> ClipFolder:
-    known = ("prompts", "frames", "least", "fps")
+def _only(kind: str, options: dict[str, Any], *known: str) -> None:
     if unknown := sorted(set(options) - set(known)):
-        raise ValueError(f"config: data: expected only {', '.join(known)} for kind 'folder', got {', '.join(unknown)}")
+        raise ValueError(f"config: data: expected only {', '.join(known)} for kind {kind!r}, got {', '.join(unknown)}")
+
+
+def open_folder(options: dict[str, Any], model: MirasolConfig) -> ClipFolder:
+    _only("folder", options, "prompts", "frames", "least", "fps")
     expect(isinstance(options.get("prompts"), str), "data.prompts", "the name of a JSONL file", options.get("prompts"))
     return ClipFolder(**options, size=model.video.size, sample_rate=model.audio.sample_rate)
 
 
+def open_needle(options: dict[str, Any], model: MirasolConfig) -> Dataset:
+    from mirasol_model.needle import Needle  # which needs what is here
+
+    _only("needle", options, "clips", "seed", "frames", "lures", "shift")
+    expect("clips" in options, "data.clips", "how many clips to make", None)
+    video = model.video
+    return Needle(**options, snippet=video.frames, size=video.size, sample_rate=model.audio.sample_rate)
+
+
 # What `data.kind` may say: (options of data.train or data.evaluate, configuration of the model) -> the data set.
-SOURCES: dict[str, Callable[[dict[str, Any], MirasolConfig], Dataset]] = {"folder": open_folder}
+SOURCES: dict[str, Callable[[dict[str, Any], MirasolConfig], Dataset]] = {"folder": open_folder, "needle": open_needle}
 
 
 def open_data(kind: str, options: dict[str, Any], model: MirasolConfig) -> Dataset:

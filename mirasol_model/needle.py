@@ -82,7 +82,7 @@ class Needle(Dataset[Example]):
     video (3, frames, size, size) uint8, no two frames alike; audio (frames * sample_rate / 25) float32.
     frames: of a clip; of several numbers each clip takes one. snippet: frames of a snippet, which the model must share.
     lures: low pitches besides the square's, 0 to 3; of several numbers each clip takes one. With fewer than three the
-    sound alone says something of the answer to `pair`: a model finds the way from there, so train on (0, 1, 2, 3).
+    sound alone says something of the answer to `pair`, a way in for training: the benchmark trains on (0, 1, 2, 3).
     shift: how many snippets too late the sound is (an ablation; it wraps around).
     """
 

@@ -55,7 +55,7 @@ def test_memory_and_bytes(run: dict) -> None:
     snippets, m, dim = FRAMES // config.video.frames, config.combiner.tokens, config.encoder.dim
     of_one = snippets // GPUS * m * dim  # numbers in the compact tokens of a rank
     keys = 2 * of_one * 2, 2 * of_one * 4  # keys and values in bfloat16, and their gradients in float32
-    ring = (GPUS - 1) * 2 * keys[0] + GPUS * keys[1]
+    ring = (GPUS - 1) * 3 * keys[0] + GPUS * keys[1]  # keys and values come for forward, again in it, and for backward
     latents, losses = 2 * (GPUS - 1) * of_one * size, 3 * size
     assert two["tokens_received"] == config.latent.layers * ring + latents + losses
     assert one["flops"] / GPUS < two["flops"] < one["flops"]  # the text decoder runs on both
