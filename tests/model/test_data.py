@@ -163,7 +163,7 @@ def test_needle_is_made_for_the_model():
     example = open_data("needle", {"clips": 2, "seed": 3, "frames": 32}, TINY)[5]
     assert example.video.shape == (3, 32, TINY.video.size, TINY.video.size) and example.kind == "sound"
     assert example.audio.shape == (32 * TINY.audio.sample_rate // 25,)
-    with pytest.raises(ValueError, match="data.clips: expected how many clips to make, got None"):
+    with pytest.raises(ValueError, match=r"data.clips: expected how many clips to make, got None"):
         open_data("needle", {}, TINY)
     with pytest.raises(ValueError, match="expected only clips, seed, frames, lures, shift for kind 'needle', got size"):
         open_data("needle", {"clips": 2, "size": 9}, TINY)
