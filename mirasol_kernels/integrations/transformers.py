@@ -34,6 +34,8 @@ NAME = "mirasol"
 OLDEST = (5, 4)  # whose mask interface gets lengths and offsets
 WHERE = f"{NAME}: attention mask"
 
+WIDEST = 256  # of a head, for block_causal_attention
+
 # What some models pass to their attention function and block_causal_attention does not do.
 REFUSED = {
     "softcap": "a soft cap of the scores",
@@ -102,13 +104,16 @@ def attention_mask_of(
     attention_mask: Tensor | None = None,
     use_vmap: bool = False,
     device: torch.device | str = "cpu",
+    config: Any = None,
     **_: Any,
 ) -> LayoutMask:
     """The mask interface: query i is token i + q_offset, key j is token j + kv_offset, attention_mask hides padding.
 
-    attention_mask: bool (B, tokens so far).  use_vmap: mask_function takes 0-dimensional indices only.
+    attention_mask: bool (B, tokens so far).  use_vmap: mask_function takes 0-dimensional indices only.  config: the
+    model's, for what no layer of it may ask.
     Raises ValueError naming the first query that sees more than four separate ranges of keys.
     """
+    _check_layers(config)
     offset = int(q_offset)  # static caches keep it in a tensor
     padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
     if padding is not None and bool(padding[:, kv_offset : kv_offset + kv_length].all()):
@@ -123,6 +128,15 @@ def attention_mask_of(
         rows = _from_mask.lines_of(WHERE, evaluate, q_length, kv_length, batch_size, device)
         layout = SnippetLayout("mask", rows, kv_length, len(rows) if len(rows) > 1 else None)
     return LayoutMask(layout.to(device), batch_size)
+
+
+def _check_layers(config: Any) -> None:
+    """Before the first layer runs, for the sake of a later one: Gemma 4's last has wider heads."""
+    layers = getattr(config, "per_layer_config", None) or [config]
+    for layer in layers.values() if isinstance(layers, dict) else layers:
+        width = getattr(layer, "head_dim", None)
+        if isinstance(width, int) and width > WIDEST:
+            raise ValueError(f"{NAME}: config: expected head_dim 1 .. {WIDEST}, got {width}")
 
 
 def attention(

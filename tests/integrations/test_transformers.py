@@ -389,6 +389,18 @@ def test_refused(name: str) -> None:
         model(torch.randint(3, 60, (1, 6)), **arguments)
 
 
+def test_wide_heads_of_a_later_layer_are_refused_before_the_first_runs() -> None:
+    kinds = ["sliding_attention", "full_attention"]
+    wide = {"layer_types": kinds, "num_hidden_layers": 2, "head_dim": 16, "global_head_dim": 512}
+    model = hf.Gemma4ForCausalLM(hf.Gemma4TextConfig(**{**TEXT, **wide}))
+    model.set_attn_implementation("mirasol")
+    ran: list[torch.nn.Module] = []
+    model.model.layers[0].register_forward_pre_hook(lambda layer, _: ran.append(layer))
+    with pytest.raises(ValueError, match=r"mirasol: config: expected head_dim 1 .. 256, got 512"):
+        model(torch.randint(3, 60, (1, 6)))
+    assert not ran
+
+
 def test_an_image_in_too_many_pieces() -> None:
     """Molmo2 takes all images for one block: its first token sees every later piece."""
     model = model_of(FAMILIES["molmo2"])
