@@ -81,7 +81,8 @@ class SnippetLayout:
         """For the constructors: `rows` canonical and of one number of queries; room for `ranges` ranges or more."""
         q_len = int(rows[0].offsets[-1])
         self.__dict__.update(q_len=q_len, k_len=k_len, batch=batch, _rows=tuple(rows), _kind=kind, _devices={})
-        with torch.inference_mode(False):  # an inference tensor, kept here, could not be saved for a later backward
+        # Kept, so neither an inference tensor, which no backward could save, nor a fake one of a mode that will end.
+        with torch.inference_mode(False), torch._C._DisableTorchDispatch():
             tables = [torch.from_numpy(table) for table in _ranges.tabulate(self._rows, k_len, ranges)]
         self.__dict__["_tables"] = LayoutTables(*tables)
 
