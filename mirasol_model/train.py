@@ -322,6 +322,7 @@ def processes() -> Iterator[torch.device]:
     dist.init_process_group("nccl" if cuda else "gloo")
     try:
         yield device
+        dist.barrier()  # gloo may hang where the last reduction is still being put away at the end
     finally:
         dist.destroy_process_group()
 

@@ -59,5 +59,6 @@ def world() -> Iterator[int]:
     )
     try:
         yield rank
+        dist.barrier()  # gloo may hang where the last reduction is still being put away at the end
     finally:
         dist.destroy_process_group()

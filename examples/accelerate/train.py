@@ -50,6 +50,7 @@ def main() -> None:
         accelerator.backward(loss)
         optimizer.step()
         accelerator.print(f"step {step} loss {accelerator.reduce(loss.detach(), 'mean').item()!r}")
+    accelerator.wait_for_everyone()  # gloo may hang where the last reduction is still being put away at the end
     accelerator.end_training()
 
 
