@@ -78,6 +78,7 @@ class Plan(NamedTuple):
     every: int
     inputs: int  # how many leaves
     state: int
+    varying: list[list[bool]]  # of each segment but the first: which leaves of its state have a gradient
     surroundings: list[Surroundings]  # of each segment
 
 
@@ -88,7 +89,8 @@ def replayed(
     length = inputs[0].shape[dim]
     oldest = torch._C._autograd._get_sequence_nr()
     surroundings: list[Surroundings] = []
-    kept: list[Tensor] = []  # the states that segments begin with, but for the first
+    kept: list[Tensor] = []  # (segments - 1, ...): the states that segments begin with, but for the first
+    varying: list[list[bool]] = []  # which of them have a gradient
     outputs: list[Tensor] = []
     differentiable: list[bool] = []
     parameters: dict[int, Tensor] = {}
@@ -106,8 +108,12 @@ def replayed(
         if first == 0:
             outputs = [_room(y, dim, length) for y in made[0]]
             differentiable = [False] * len(outputs)
+            # In one tensor: each by itself would take a part of a page more.
+            kept = [x.new_empty((-(-length // every) - 1, *x.shape)) for x in end]
         else:
-            kept += now
+            for room, x in zip(kept, now, strict=True):
+                room[len(varying)].copy_(x.detach())
+            varying.append([x.requires_grad for x in now])
         for i, ys in enumerate(zip(*made, strict=True)):
             differentiable[i] |= _fill(outputs[i], ys, dim, first)
         now, ys = _cut_off(end), ()
@@ -115,7 +121,7 @@ def replayed(
     everything = [*(x.detach() for x in now), *outputs]
     flags = [*(x.requires_grad for x in now), *differentiable]
     if any(flags):
-        plan = Plan(run, dim, every, len(inputs), len(state), surroundings)
+        plan = Plan(run, dim, every, len(inputs), len(state), varying, surroundings)
         constants = [x for x, yes in zip(everything, flags, strict=True) if not yes]
         everything = list(_Replay.apply(plan, everything, constants, kept, *inputs, *state, *parameters.values()))
     return everything[: len(state)], pytree.tree_unflatten(everything[len(state) :], form[0])
@@ -200,8 +206,10 @@ class _Replay(torch.autograd.Function):
         own: set[int] = set()  # of these, the sums: a gradient may share its memory with others
         for number in reversed(range(len(plan.surroundings))):
             first = number * plan.every
-            begin = state if number == 0 else kept[(number - 1) * plan.state : number * plan.state]
-            now, part = _cut_off(begin), _cut_off(_steps(inputs, plan.dim, first, plan.every))
+            now, part = _cut_off(state), _cut_off(_steps(inputs, plan.dim, first, plan.every))
+            if number > 0:
+                flags = plan.varying[number - 1]
+                now = [room[number - 1].requires_grad_(flag) for room, flag in zip(kept, flags, strict=True)]
             with torch.enable_grad(), plan.surroundings[number].again():
                 end, made, _ = plan.run(now, part)
             got = _gradients(plan.dim, first, end, made, dend, douts, [*part, *now, *parameters])
