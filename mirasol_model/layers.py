@@ -79,10 +79,12 @@ class Block(nn.Module):
         return recomputed(run, x)
 
     def _look(self, x: Tensor, attend: Attend, leave: Callable[[Tensor], Tensor]) -> Tensor:
-        y = self.norm1(x)
+        return leave(x) + self.out(merge_heads(self._seen(self.norm1(x), attend, leave)))
+
+    def _seen(self, y: Tensor, attend: Attend, leave: Callable[[Tensor], Tensor]) -> Tensor:
         q = split_heads(self.query(leave(y)), self.heads)  # (B, H, Nq, D)
         k, v = (split_heads(part, self.heads) for part in self.key_value(y).chunk(2, dim=-1))  # (B, H, N, D)
-        return leave(x) + self.out(merge_heads(attend(q, k, v)))
+        return attend(q, k, v)
 
     def _think(self, x: Tensor) -> Tensor:
         return x + self.down(F.gelu(self.up(self.norm2(x))))
