@@ -28,7 +28,15 @@ def test_table_and_file(tmp_path, capsys, monkeypatch):
     taken = {(row["recompute"], row["frames"]): row["step_bytes"] for row in rows}
     assert taken["none", 64] > taken["snippet", 64] > 0
     printed = capsys.readouterr().out.splitlines()
-    assert printed[0].split()[-3:] == ["8", "64", "growth"] and printed[2].startswith("current       snippet")
+    assert printed[0].split()[-6:] == ["8", "64", "growth", "beyond", "k,", "v"]
+    assert printed[2].startswith("current       snippet")
+
+
+def test_growth_is_told_with_and_without_keys_and_values(capsys):
+    row = {"combiner": "all", "recompute": "snippet"}
+    rows = [row | {"frames": n, "step_bytes": n * 10**7, "past_bytes": n * 10**6 - 4 * 10**6} for n in (8, 16)]
+    assert recompute.show(iter(rows), (8, 16)) == rows
+    assert capsys.readouterr().out.splitlines()[1].split() == ["all", "snippet", "80", "160", "2.00", "1.95"]
 
 
 @pytest.mark.parametrize("combiner", ["current", "all"])
