@@ -3,7 +3,8 @@
 python -m benchmarks.recompute [--frames 64 128 256 512] [--combiner all current ...] [--preset small] [--out DIR]
 
 A step is forward and backward through all losses, batch 1, float32. Its memory is the peak of a fresh process beyond
-what was there before it: parameters, their gradients and the inputs. Prints a table, writes JSON into --out.
+what was there before it: parameters, their gradients and the inputs. Prints a table, writes JSON into --out. Its last
+column is the growth of what is not keys and values, for which context "all" is allowed their size once.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def compact_bytes(config: MirasolConfig, frames: int) -> int:
 
 
 def past_bytes(config: MirasolConfig, frames: int) -> int:
-    """Keys and values of all snippets, which context "all" keeps for those that follow; of whole snippets."""
+    """Keys and values of all snippets in all layers, which context "all" looks at; of whole snippets."""
     if config.combiner.context != "all":
         return 0
     tokens = sum(tokens_of(config)) + config.combiner.tokens
@@ -87,17 +88,23 @@ def memory(options: argparse.Namespace, device: str) -> Iterator[dict[str, Any]]
                 }
 
 
+def beyond(row: dict[str, Any]) -> int:
+    """Bytes of a step beyond keys and values."""
+    return row["step_bytes"] - row["past_bytes"]
+
+
 def show(rows: Iterator[dict[str, Any]], frames: Sequence[int]) -> list[dict[str, Any]]:
-    """Print them as they come."""
-    print(f"{'MB of a step':<14}{'recompute':<10}" + "".join(f"{n:>8}" for n in frames) + f"{'growth':>9}")
+    """Print them as they come; each line ends with what the longest clip takes over the shortest."""
+    heads = "".join(f"{n:>8}" for n in frames) + f"{'growth':>9}{'beyond k, v':>13}"
+    print(f"{'MB of a step':<14}{'recompute':<10}{heads}")
     done: list[dict[str, Any]] = []
     for row in rows:
         if row["frames"] == frames[0]:
             print(f"{row['combiner']:<14}{row['recompute']:<10}", end="")
-            first = row["step_bytes"]
+            first = row
         print(f"{row['step_bytes'] / 1e6:>8,.0f}", end="", flush=True)
         if row["frames"] == frames[-1]:
-            print(f"{row['step_bytes'] / first:>9.2f}", flush=True)
+            print(f"{row['step_bytes'] / first['step_bytes']:>9.2f}{beyond(row) / beyond(first):>13.2f}", flush=True)
         done.append(row)
     return done
 

@@ -54,19 +54,23 @@ class Combiner(nn.Module):
         state: Any = None,
         *,
         keep: bool = True,
+        recompute: bool = False,
     ) -> tuple[Tensor, Any]:
         """The snippets that follow those which left `state` (None: the first ones) -> x (B, T, m, d), state.
 
         A `Spread` as the state: these are the snippets of one rank, and all that there are.
         keep=False: nobody will go on from here, so nothing need be kept.
+        recompute: of each layer of the transformer nothing but its input is kept for backward.
         """
         given = [(x, n) for x, n in zip((video, audio), counts, strict=True) if x is not None]
         if not given:
             raise ValueError("combiner: video, audio: expected at least one of them, got None for both")
         sources, real = zip(*given, strict=True)
-        return self.combine(list(sources), list(real), state, keep)
+        return self.combine(list(sources), list(real), state, keep, recompute)
 
-    def combine(self, sources: list[Tensor], counts: list[Counts], state: Any, keep: bool) -> tuple[Tensor, Any]:
+    def combine(
+        self, sources: list[Tensor], counts: list[Counts], state: Any, keep: bool, recompute: bool
+    ) -> tuple[Tensor, Any]:
         raise NotImplementedError
 
 
@@ -170,8 +174,9 @@ class _AllSnippets:
     def layer(self, i: int, last: bool) -> Attend:
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             q, k = rotate(q, self.leaving_angles if last else self.angles), rotate(k, self.angles)
+            v = v.contiguous()  # else the keys as they were before would stay with it, in the same memory
             if self.keep:
-                self.kept.append((k.transpose(1, 2), v.transpose(1, 2).contiguous()))
+                self.kept.append((k.transpose(1, 2), v.transpose(1, 2)))
             if self.spread is not None:
                 return self.spread.attend(q, k, v, self.layouts[last], self.asking[last], self.asking[0])
             keys, values = zip(*(piece[i] for piece in self.past.layers), strict=True) if self.past.layers else ((), ())
@@ -206,7 +211,7 @@ class TransformerCombiner(Combiner):
         init_weights(self, config.layers)
 
     def combine(
-        self, sources: list[Tensor], counts: list[Counts], state: Past | Spread | None, keep: bool
+        self, sources: list[Tensor], counts: list[Counts], state: Past | Spread | None, keep: bool, recompute: bool
     ) -> tuple[Tensor, Past | None]:
         rows, snippets, _, dim = sources[0].shape
         m = self.config.tokens
@@ -238,7 +243,7 @@ class TransformerCombiner(Combiner):
         for i, block in enumerate(self.blocks):
             last = i == len(self.blocks) - 1
             attend = sight.layer(i, last) if sight else _within(layouts[last])
-            x = block(x, attend, leave) if last else block(x, attend)
+            x = block(x, attend, leave, recompute=recompute) if last else block(x, attend, recompute=recompute)
         x = self._place(self.norm(x), lengths).reshape(rows, snippets, m, dim)
         return x, past.append(lengths, sight.kept, self.config.window) if sight and keep else None
 
@@ -291,7 +296,9 @@ class PerceiverCombiner(Combiner):
         self.norm = nn.LayerNorm(dim)
         init_weights(self, config.layers)
 
-    def combine(self, sources: list[Tensor], counts: list[Counts], state: None, keep: bool) -> tuple[Tensor, None]:
+    def combine(
+        self, sources: list[Tensor], counts: list[Counts], state: None, keep: bool, recompute: bool
+    ) -> tuple[Tensor, None]:
         rows, snippets, _, dim = sources[0].shape
         m = self.config.tokens
         x, lengths, dense = merge_sources(sources, counts)
@@ -340,7 +347,9 @@ class TokenLearnerCombiner(Combiner):
         super().__init__(config)
         self.scorer = _Scorer(dim, config.bottleneck, config.tokens)
 
-    def combine(self, sources: list[Tensor], counts: list[Counts], state: None, keep: bool) -> tuple[Tensor, None]:
+    def combine(
+        self, sources: list[Tensor], counts: list[Counts], state: None, keep: bool, recompute: bool
+    ) -> tuple[Tensor, None]:
         rows, snippets = sources[0].shape[:2]
         valid = valid_tensor(sources, counts)
         x = token_learner(
@@ -393,7 +402,7 @@ class TuringCombiner(Combiner):
             self.start = nn.Parameter(nn.init.trunc_normal_(torch.empty(config.memory, dim), std=0.02))
 
     def combine(
-        self, sources: list[Tensor], counts: list[Counts], state: Tensor | Spread | None, keep: bool
+        self, sources: list[Tensor], counts: list[Counts], state: Tensor | Spread | None, keep: bool, recompute: bool
     ) -> tuple[Tensor, Tensor]:
         rows, _, _, dim = sources[0].shape
         spread = state if isinstance(state, Spread) else None

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -32,17 +30,12 @@ class LatentModel(nn.Module):
         for parameter in (self.slots, self.mask):
             nn.init.trunc_normal_(parameter, std=0.02)
 
-    def forward(
-        self,
-        x: Tensor,
-        spread: Spread | None = None,
-        run: Callable[..., Tensor] = lambda block, *args: block(*args),
-    ) -> Tensor:
+    def forward(self, x: Tensor, spread: Spread | None = None, *, recompute: bool = False) -> Tensor:
         """x (B, T, m, d) -> h (B, T, m, d). In training, `mask_ratio` of the tokens of x give way to a learned one.
 
         spread: x are the snippets of one rank of several, and so is h. Ranks whose random numbers are equal hide what
         one process hides.
-        run: calls the blocks, and may keep less of them for backward.
+        recompute: of each layer nothing but its input is kept for backward.
         """
         snippets, own = (x.shape[1], slice(None)) if spread is None else (len(spread.owners), spread.own)
         if self.training and self.config.mask_ratio > 0:
@@ -61,7 +54,7 @@ class LatentModel(nn.Module):
 
         y = (x + self.slots).flatten(1, 2)  # (B, T*m, d)
         for block in self.blocks:
-            y = run(block, y, attend)
+            y = block(y, attend, recompute=recompute)
         return self.norm(y).view_as(x)
 
     def caches(self, batch: int, window: int, sink: int, like: Tensor) -> list[SnippetCache]:

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q (B, H, Nq, D), k and v (B, H, Nk, D) -> (B, H, Nq, D)
 Rotary = tuple[Tensor, Tensor]  # cos and sin, (N, D/2) or (B, 1, N, D/2)
+
+# Tokens of a row whose MLP activations, the widest of a block, exist at a time where they are recomputed.
+AT_A_TIME = 512
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
@@ -40,6 +45,13 @@ def rotate(x: Tensor, angles: Rotary) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
+def recomputed(function: Callable[..., Any], *args: Any) -> Any:
+    """function(*args), of which nothing but the arguments is kept: it runs again in backward, and must do the same."""
+    if not torch.is_grad_enabled():
+        return function(*args)
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+
+
 class Block(nn.Module):
     """Pre-norm transformer block. Who sees whom is the caller's `attend`, so it serves every layout and cache."""
 
@@ -50,13 +62,31 @@ class Block(nn.Module):
         self.query, self.key_value, self.out = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim), nn.Linear(dim, dim)
         self.up, self.down = nn.Linear(dim, mlp_dim), nn.Linear(mlp_dim, dim)
 
-    def forward(self, x: Tensor, attend: Attend, leave: Callable[[Tensor], Tensor] = lambda x: x) -> Tensor:
+    def forward(
+        self, x: Tensor, attend: Attend, leave: Callable[[Tensor], Tensor] = lambda x: x, *, recompute: bool = False
+    ) -> Tensor:
         """x (B, N, d) -> (B, Nq, d).  `leave` picks the tokens (B, Nq, d) that leave: the others are only attended to,
-        so for them there is no query, no MLP and no second norm."""
-        y = self.norm1(x)
+        so for them there is no query, no MLP and no second norm.
+
+        recompute: nothing but x is kept for backward."""
+        if not recompute:
+            return self._think(self._look(x, attend, leave))
+
+        def run(x: Tensor) -> Tensor:
+            pieces = self._look(x, attend, leave).split(AT_A_TIME, dim=1)
+            return torch.cat([recomputed(self._think, piece) for piece in pieces], dim=1)
+
+        return recomputed(run, x)
+
+    def _look(self, x: Tensor, attend: Attend, leave: Callable[[Tensor], Tensor]) -> Tensor:
+        return leave(x) + self.out(merge_heads(self._seen(self.norm1(x), attend, leave)))
+
+    def _seen(self, y: Tensor, attend: Attend, leave: Callable[[Tensor], Tensor]) -> Tensor:
         q = split_heads(self.query(leave(y)), self.heads)  # (B, H, Nq, D)
         k, v = (split_heads(part, self.heads) for part in self.key_value(y).chunk(2, dim=-1))  # (B, H, N, D)
-        x = leave(x) + self.out(merge_heads(attend(q, k, v)))
+        return attend(q, k, v)
+
+    def _think(self, x: Tensor) -> Tensor:
         return x + self.down(F.gelu(self.up(self.norm2(x))))
 
 

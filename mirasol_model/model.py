@@ -11,6 +11,7 @@ may be missing and clips of a batch may differ in length: what is not there is p
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,6 @@ import numpy as np
 import torch
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from mirasol_model import generate
 from mirasol_model.audio import LogMel
@@ -27,6 +27,7 @@ from mirasol_model.config import MirasolConfig
 from mirasol_model.encoders import AudioTokenizer, Tube, TubeTokenizer, ViT, default_tubes
 from mirasol_model.inputs import Clips, PerRow, check_text, read_clips
 from mirasol_model.latent import LatentModel
+from mirasol_model.layers import recomputed
 from mirasol_model.losses import LatentLoss, Reconstruction, mean_of, text_loss
 from mirasol_model.packing import Counts, to_index
 from mirasol_model.snippets import to_unit_range
@@ -34,7 +35,7 @@ from mirasol_model.spread import Spread
 from mirasol_model.stream import Stream
 from mirasol_model.text import TextDecoder
 
-# Snippets that encoders and Combiner hold activations of at a time under recompute="snippet".
+# Snippets that encoders and Combiner hold activations of at a time under recompute="snippet", at most.
 AT_A_TIME = 4
 
 
@@ -199,27 +200,36 @@ class Mirasol(nn.Module, PyTorchModelHubMixin, library_name="mirasol-kernels", l
     def _encode(self, clips: Clips, own: Clips, spread: Spread | None = None) -> Encoded:
         """own: those snippets of `clips` that are computed here, all of them without `spread`."""
         x = self._combine(own, spread)
-        h = self.latent(x, spread, self._recomputed)
+        h = self.latent(x, spread, recompute=self.config.recompute == "snippet")
         age = clips.lengths[:, None] - np.arange(clips.frames.shape[1])
         return Encoded(h if spread is None else spread.gather(h), x, age)
 
     def _combine(self, clips: Clips, spread: Spread | None = None) -> Tensor:
         """-> x (B, T, m, d)"""
-        together = spread is not None and self.combiner.remembers  # one step, whose ranks see each other's snippets
+        state: Any = spread if self.combiner.remembers else None  # whose ranks see each other's snippets
         if self.config.recompute == "none":
-            return self.step(clips, spread if together else None, keep=False)[0]
-        parts = [clips.part(i, i + AT_A_TIME) for i in range(0, clips.frames.shape[1], AT_A_TIME)]
-        if together:
-            video, audio = (
-                None if pieces[0] is None else torch.cat(pieces, dim=1)
-                for pieces in zip(*(self._recomputed(self._sense, part) for part in parts), strict=True)
-            )
-            return self.combiner.step(video, audio, self.counts(clips), spread, keep=False)[0]
-        pieces, state = [], None
-        for part in parts:
-            x, state = self._recomputed(self.step, part, state)
-            pieces.append(x)
-        return torch.cat(pieces, dim=1)
+            return self.step(clips, state, keep=False)[0]
+        cuts = np.linspace(0, clips.frames.shape[1], self._parts(clips, spread) + 1).astype(int)
+        parts = [clips.part(*part) for part in pairwise(cuts)]
+        if state is None and self.config.combiner.context == "current":
+            pieces = []
+            for part in parts:
+                x, state = recomputed(self.step, part, state)
+                pieces.append(x)
+            return torch.cat(pieces, dim=1)
+        # The Combiner in one step: snippet by snippet, the keys and values of all its layers would have to be kept.
+        video, audio = (
+            None if pieces[0] is None else torch.cat(pieces, dim=1)
+            for pieces in zip(*(recomputed(self._sense, part) for part in parts), strict=True)
+        )
+        return self.combiner.step(video, audio, self.counts(clips), state, keep=False, recompute=True)[0]
+
+    def _parts(self, clips: Clips, spread: Spread | None) -> int:
+        """In how many parts our own snippets are computed, each recomputed by itself: as many on every rank, since
+        under `fully_shard` all gather the parameters for each."""
+        if self.config.recompute == "none":
+            return 1
+        return -(-(clips.frames.shape[1] if spread is None else spread.most) // AT_A_TIME)
 
     def step(self, clips: Clips, state: Any, *, keep: bool = True) -> tuple[Tensor, Any]:
         """The next snippets of the clips, after those that left `state` -> x (B, T, m, d), state."""
@@ -267,12 +277,6 @@ class Mirasol(nn.Module, PyTorchModelHubMixin, library_name="mirasol-kernels", l
             tokens = tokens.new_zeros(len(real), *tokens.shape[1:]).index_copy(0, index, tokens)
         return tokens.unflatten(0, snippets.shape[:2])
 
-    def _recomputed(self, function: Callable, *args: Any) -> Any:
-        """function(*args), of which under recompute="snippet" nothing but the arguments is kept for backward."""
-        if self.config.recompute == "none" or not torch.is_grad_enabled():
-            return function(*args)
-        return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
-
     # ------------------------------------------------------------------------------------------------ predictions
 
     def _predict_next(
@@ -286,17 +290,19 @@ class Mirasol(nn.Module, PyTorchModelHubMixin, library_name="mirasol-kernels", l
         before = (snippets * np.arange(rows)[:, None] + where - 1).reshape(-1)  # of own snippets, in (B, T)
         h, x = encoded.latents.flatten(0, 1), encoded.combined.flatten(0, 1)  # (B*T, m, d), (B*t, m, d)
 
-        def chosen(counted: np.ndarray) -> Chosen | None:
-            return _choose((counted & predicted[..., None])[:, where], (counted & predicted[..., None]).sum())
+        def chosen(counted: np.ndarray, least: int = 1) -> Chosen | None:
+            return _choose((counted & predicted[..., None])[:, where], (counted & predicted[..., None]).sum(), least)
 
         def reconstruct(loss: Reconstruction, real: np.ndarray, sense: Callable[[Clips, np.ndarray], Tensor]):
             def errors(rows: np.ndarray) -> Tensor:
                 return loss(h[to_index(before[rows], h)], sense(own, rows))
 
-            if (some := chosen(real.reshape(rows, snippets, -1))) is None:
+            parts = self._parts(own, spread)
+            if (some := chosen(real.reshape(rows, snippets, -1), parts)) is None:
                 return None
-            size = len(some.rows) if self.config.recompute == "none" else AT_A_TIME * rows
-            pieces = [self._recomputed(errors, some.rows[i : i + size]) for i in range(0, len(some.rows), size)]
+            if self.config.recompute == "none":
+                return some.share * mean_of(errors(some.rows), some.counted)
+            pieces = [recomputed(errors, part) for part in np.array_split(some.rows, parts)]
             return some.share * mean_of(torch.cat(pieces), some.counted)
 
         if weights.latent > 0 and (some := chosen(predicted[..., None])) is not None:
@@ -361,19 +367,19 @@ class Chosen(NamedTuple):
     share: float  # of what counts on all ranks
 
 
-def _choose(counted: np.ndarray, total: int) -> Chosen | None:
+def _choose(counted: np.ndarray, total: int, least: int) -> Chosen | None:
     """counted (B, t, P), of which `total` on all ranks; None if nothing counts anywhere.
 
-    A rank on which nothing counts predicts something all the same, with weight 0: all do the same in backward, where
-    they wait for each other.
+    A rank on which fewer than `least` snippets count predicts more all the same, which do not: all do the same in
+    backward, where they wait for each other. Where nothing counts, the whole has weight 0.
     """
     if not total:
         return None
     counted = counted.reshape(-1, counted.shape[2])
     rows = np.flatnonzero(counted.any(axis=1))
-    if not len(rows):
-        return Chosen(np.zeros(1, int), np.ones((1, counted.shape[1]), bool), 0.0)
-    return Chosen(rows, counted[rows], counted.sum() / total)
+    more = (max(least - len(rows), 0), 0)
+    taken = np.pad(counted[rows], (more, (0, 0)), constant_values=not len(rows))
+    return Chosen(np.pad(rows, more), taken, counted.sum() / total)
 
 
 def _each(count: Callable[[int], int], numbers: np.ndarray) -> np.ndarray:

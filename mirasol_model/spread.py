@@ -24,6 +24,11 @@ class Spread(NamedTuple):
         """(t,) the snippets of this rank."""
         return np.flatnonzero(self.owners == self.ranks.rank)
 
+    @property
+    def most(self) -> int:
+        """Snippets of the rank that has most of them."""
+        return int(np.bincount(self.owners).max())
+
     def gather(self, x: Tensor) -> Tensor:
         """x (B, t, ...) of this rank's snippets -> (B, T, ...), of all; differentiable."""
         return self.ranks.gather(x, self._shards(np.ones((1, len(self.owners)), int)), dim=1)

@@ -6,6 +6,7 @@ python -m tests.model.distributed_snippets
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -82,16 +83,16 @@ def in_float32(ranks: Ranks, variant: str) -> None:
         assert_within_budget(got[name], low[name], x, what=f"{variant} float32 {name}")
 
 
-def wrapped(kind: str, ranks: Ranks, mesh: DeviceMesh) -> None:
+def wrapped(kind: str, ranks: Ranks, mesh: DeviceMesh, recompute: str = "none") -> None:
     """DistributedDataParallel and `fully_shard` take the mean that is left to take."""
     for variant in ("current", "all", "ttm"):
         torch.manual_seed(1)
-        made = model(variant).train()
+        made = model(variant, recompute=recompute).train()
         call = calls()["ragged"]
         expected = results(made, made, call)
         outer = shard(SnippetParallel(made, ranks), mesh, kind)
         for _ in range(2):  # the second iteration is the one that a reducer in a wrong state fails
-            same(results(outer, made, call), expected, f"{kind} {variant}")
+            same(results(outer, made, call), expected, f"{kind} {variant} {recompute}")
 
 
 def main() -> None:
@@ -111,6 +112,8 @@ def main() -> None:
         mesh = DeviceMesh("cpu", list(range(3)))
         for kind in ("ddp", "fsdp"):
             wrapped(kind, three, mesh)
+        with patch("mirasol_model.model.AT_A_TIME", 2):  # of 3, 2 and 2 snippets
+            wrapped("fsdp", three, mesh, "snippet")
         print("all equal")
 
 
