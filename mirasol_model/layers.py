@@ -68,7 +68,7 @@ class Block(nn.Module):
         """x (B, N, d) -> (B, Nq, d).  `leave` picks the tokens (B, Nq, d) that leave: the others are only attended to,
         so for them there is no query, no MLP and no second norm.
 
-        recompute: nothing but x is kept for backward."""
+        recompute: nothing but x is kept for backward, which runs the MLP, the widest part, a piece of x at a time."""
         if not recompute:
             return self._think(self._look(x, attend, leave))
 
@@ -82,6 +82,7 @@ class Block(nn.Module):
         return leave(x) + self.out(merge_heads(self._seen(self.norm1(x), attend, leave)))
 
     def _seen(self, y: Tensor, attend: Attend, leave: Callable[[Tensor], Tensor]) -> Tensor:
+        # By itself, so that q and k as they were before `attend` turned them are gone when more is computed.
         q = split_heads(self.query(leave(y)), self.heads)  # (B, H, Nq, D)
         k, v = (split_heads(part, self.heads) for part in self.key_value(y).chunk(2, dim=-1))  # (B, H, N, D)
         return attend(q, k, v)
