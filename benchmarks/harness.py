@@ -37,13 +37,14 @@ def interleave(
     warmup: float = 0.2,
     budget: float | None = None,
     beaten: float | None = None,
+    settle: float = 0.0,
     device: str = "cpu",
 ) -> dict[str, Timing]:
     """Time every candidate once per round, each round in another order, so that drifting clocks hit all alike.
 
     rounds: at most; fewer, but at least 3, once `budget` seconds are spent. warmup: seconds per candidate beforehand.
     beaten: who takes that many times as long as the fastest, and a twentieth of the budget, leaves after the first
-    round, so that the time goes to those between whom it is close.
+    round, so that the time goes to those between whom it is close. settle: see `clock`.
     """
     if not candidates:
         return {}
@@ -62,7 +63,7 @@ def interleave(
             break
         turn = done % len(names)
         for name in names[turn:] + names[:turn]:
-            times[name].append(clock(candidates[name], device))
+            times[name].append(clock(candidates[name], device, settle))
     return {name: summary(seconds) for name, seconds in times.items()}
 
 
@@ -72,10 +73,18 @@ def summary(seconds: Sequence[float]) -> Timing:
     return Timing(statistics.median(ordered), ordered[tenth], ordered[-1 - tenth], len(ordered))
 
 
-def clock(work: Callable[[], Any], device: str = "cpu") -> float:
-    """Seconds of one call. On a GPU until its work is done. Work in another process has a clock of its own."""
+def clock(work: Callable[[], Any], device: str = "cpu", settle: float = 0.0) -> float:
+    """Seconds of one call. On a GPU until its work is done. Work in another process has a clock of its own.
+
+    settle: seconds of untimed calls before it, at least one: then it is not the first one after a sleep.
+    """
     if elsewhere := getattr(work, "clock", None):
         return elsewhere()
+    start = time.perf_counter()
+    while settle:
+        work()
+        if time.perf_counter() - start >= settle:
+            break
     if device == "cpu":
         start = time.perf_counter()
         work()

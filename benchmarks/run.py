@@ -228,7 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.set_num_threads(options.threads)
         if options.against:
             options.against, tree = against.checkout(options.against)
-            other = against.Other(tree, options.threads)
+            other = against.start(tree, options.threads)
     except (OSError, ValueError, RuntimeError) as error:
         print(f"run: {error}", file=sys.stderr)
         return 2

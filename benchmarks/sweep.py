@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from benchmarks import against, harness, mirasol_pytorch
+from benchmarks import harness, mirasol_pytorch
 from benchmarks.whole import (
     COMBINERS,
     COMPILED,
@@ -156,7 +156,7 @@ def elsewhere(
     if options.mirasol_pytorch is None or (config.combiner.kind, config.combiner.context) != ("transformer", "current"):
         yield None
         return
-    other = against.Other(harness.ROOT, torch.get_num_threads(), options.mirasol_pytorch, mirasol_pytorch.START)
+    other = mirasol_pytorch.start(options.mirasol_pytorch, torch.get_num_threads())
     try:
         built = mirasol_pytorch.settings(config, frames, *tokens_of(config))
         yield mirasol_pytorch.There(other, built, frames, len(TEXT), options.train)

@@ -210,20 +210,20 @@ def test_calls_find_nothing_in_a_cache(monkeypatch):
 
 def test_another_process_takes_turns():
     """Its tree is this one here: nothing to build."""
-    other = against.Other(harness.ROOT, 1)
+    other = against.start(harness.ROOT, 1)
     rows, _ = compete(PEERS["reference"], against.peer(OP, ["triton", "reference"], other))
     assert [(row["candidate"], row["ours"]) for row in rows] == [("reference", False), ("against", True)]
     assert rows[0]["errors"] == rows[1]["errors"]  # the same inputs, the same results
     _, notes = compete(against.peer(OP, ["triton"], other))
     assert [note["name"] for note in notes] == ["against"] and "triton" in notes[0]["reason"]
     with pytest.raises(RuntimeError, match="KeyError"):
-        other.ask("results", OP, ["reference"], "no such case", torch.float32, "forward", "cpu")
+        other.ask("begin", OP, ["reference"], "no such case", torch.float32, "forward", "cpu")
     other.close()
     assert other.process.returncode == 0
 
 
 def test_another_process_that_dies():
-    other = against.Other(harness.ROOT, 1)
+    other = against.start(harness.ROOT, 1)
     other.process.kill()
     with pytest.raises(RuntimeError, match="the other process ended with code -9"):
         other.ask("turn")

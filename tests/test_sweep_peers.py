@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("tqdm", reason="tqdm draws the bar")
 
-from benchmarks import against, harness, mirasol_pytorch, sweep, whole
+from benchmarks import harness, mirasol_pytorch, sweep, whole
 
 # Only what is asked of it: the shapes that the real one asserts, and a loss.
 FAKE = """
@@ -78,7 +78,7 @@ def test_in_the_sweep(installed, quick, train, tmp_path):
 
 
 def test_what_goes_wrong_there_is_said_here(installed):
-    other = against.Other(harness.ROOT, 1, sys.executable, mirasol_pytorch.START)
+    other = mirasol_pytorch.start(sys.executable, 1)
     try:
         with pytest.raises(RuntimeError, match="KeyError: 'audio_time_dim_per_timechunk'"):
             mirasol_pytorch.There(other, {}, 8, 5, False)
