@@ -81,7 +81,7 @@ def learner(
 
 def learner_backward(dpooled: Any, dsum: Any, maximum: Any, total: Any, pooled: Any, *call: Any, **_: Any) -> int:
     """Logits again, and two products for each product of forward."""
-    sources, _, _, _, w1, _, w2, _, valid = call[:9]
+    sources, w1, w2, valid = call[0], call[4], call[6], call[8]
     logits, pooling = learned(sources, w1, w2, valid)
     return 3 * logits + 2 * pooling
 
@@ -98,7 +98,7 @@ def machine(
 ) -> int:
     """Of all steps: read and write pool memory (the inputs have been pooled before), blocks work on what was read."""
     batch, steps, read, c = for_read[2].shape
-    slots, (h, _), (g, _) = memory.shape[1], weights[2].shape, weights[OF_LEARNER + 2].shape
+    slots, h, g = memory.shape[1], len(weights[2]), len(weights[OF_LEARNER + 2])  # widths of the hidden layers
     blocks = weights[2 * OF_LEARNER : -2]
     linear = sum(w.numel() for w in blocks if w.ndim == 2)
     reading = slots * (c * h + h * read + read * c)
