@@ -169,13 +169,6 @@ def version(package: str) -> str | None:
         return None
 
 
-def write(report: dict[str, Any], path: Path) -> None:
-    """At once or not at all."""
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(report, indent=1) + "\n")
-    part.replace(path)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_check", description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=SECONDS, help=f"of all stages together (default {SECONDS:g})")
@@ -199,7 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     file = options.out / f"{name}-{date.today()}-gpu-check.json"
     packages = {package: version(package) for package in PACKAGES}
     report: dict[str, Any] = {"machine": machine, "packages": packages, "seconds": options.seconds, "stages": []}
-    check(every, report, options.seconds, lambda now: write(now, file))
+    check(every, report, options.seconds, lambda now: harness.write(now, file))
     print(f"\n{table(report)}\nwrote {file}")
     return int(any(map(bad, report["stages"])))
 

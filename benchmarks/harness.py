@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import json
 import multiprocessing
 import os
 import platform
@@ -303,6 +304,13 @@ def machine(device: str = "cpu") -> dict[str, Any]:
             "driver": _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         }
     return facts | commit()
+
+
+def write(report: Mapping[str, Any], path: Path) -> None:
+    """At once or not at all: whoever is stopped meanwhile leaves what there was."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(report, indent=1) + "\n")
+    part.replace(path)
 
 
 def threads(machine: Mapping[str, Any]) -> str:

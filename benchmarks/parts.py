@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import statistics
 import sys
 import time
@@ -281,46 +280,56 @@ def measure(
     return rows, {name: statistics.median(each) for name, each in steps.items()}
 
 
-def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Part -> its times of forward and backward, their sum, its share of all, its floor, and how many times as fast all
-    would be if it took no more than that."""
-    total = sum(row["seconds"] for row in rows)
-    found = {}
+def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Part -> its times of forward and backward, their sum, its share of the step, its floor, and how many times as
+    fast the step would be if it took no more than that.
+
+    Decoding is beside the step, since others can do it meanwhile, and nobody has counted what it needs.
+    """
+    total = sum(row["seconds"] for row in rows if row["part"] != DECODING)
+    found: dict[str, dict[str, Any]] = {}
     for part in dict.fromkeys(row["part"] for row in rows):
         mine = {row["direction"]: row for row in rows if row["part"] == part}
-        seconds, floor = (sum(row[key] for row in mine.values()) for key in ("seconds", "floor"))
-        saved = sum(max(0.0, row["seconds"] - row["floor"]) for row in mine.values())
-        found[part] = {direction: mine[direction]["seconds"] for direction in mine} | {
-            "seconds": seconds, "share": seconds / total, "flops": sum(row["flops"] for row in mine.values()),
-            "bytes": sum(row["bytes"] for row in mine.values()), "floor": floor, "of_floor": floor / seconds,
-            "factor": total / (total - saved),
-        }  # fmt: skip
+        seconds = sum(row["seconds"] for row in mine.values())
+        found[part] = {direction: row["seconds"] for direction, row in mine.items()}
+        found[part] |= {"seconds": seconds, "share": seconds / total}
+        if part != DECODING:
+            floor, flops, moved = (sum(row[key] for row in mine.values()) for key in ("floor", "flops", "bytes"))
+            saved = sum(max(0.0, row["seconds"] - row["floor"]) for row in mine.values())
+            found[part] |= {"flops": flops, "bytes": moved, "floor": floor, "of_floor": floor / seconds}
+            found[part]["factor"] = total / (total - saved)
     return found
 
 
 def next_factor(rows: Sequence[dict[str, Any]]) -> str:
     """Which part promises the most."""
-    found = summarise(rows)
-    part = max(found, key=lambda name: found[name]["factor"])
-    return f"next: {part}; at its floor all of this would be {found[part]['factor']:.2f} times as fast"
+    factors = {part: row["factor"] for part, row in summarise(rows).items() if "factor" in row}
+    part = max(factors, key=factors.__getitem__)
+    return f"next: {part}; at its floor the step would be {factors[part]:.2f} times as fast"
 
 
-HEADER = (
-    f"  {'part':<15} {'forward':>9} {'backward':>9} {'share':>6} {'Gflop':>8} {'MB':>8} {'floor':>9} {'of floor':>8} "
-    f"{'factor':>7}"
-)
+HEAD = ("part", "forward, ms", "backward, ms", "share", "Gflop", "MB", "floor, ms", "of floor", "factor")
+
+
+def cells(rows: Sequence[dict[str, Any]]) -> Iterator[list[str]]:
+    """A line of `HEAD` for each part."""
+    for part, row in summarise(rows).items():
+        times = [f"{row[name] * 1e3:,.1f}" if name in row else "" for name in DIRECTIONS]
+        needs = ["", "", "", "", ""]
+        if "floor" in row:
+            needs = [f"{row['flops'] / 1e9:,.1f}", f"{row['bytes'] / 1e6:,.0f}", f"{row['floor'] * 1e3:,.1f}"]
+            needs += [f"{row['of_floor']:.0%}", f"{row['factor']:.2f}"]
+        yield [part, *times, f"{row['share']:.1%}", *needs]
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Milliseconds; `factor` as in `summarise`."""
-    lines = [HEADER]
-    for part, row in summarise(rows).items():
-        forward, backward = (f"{row[name] * 1e3:,.1f}" if name in row else "" for name in DIRECTIONS)
-        lines.append(
-            f"  {part:<15} {forward:>9} {backward:>9} {row['share']:>6.1%} {row['flops'] / 1e9:>8,.1f} "
-            f"{row['bytes'] / 1e6:>8,.0f} {row['floor'] * 1e3:>9,.1f} {row['of_floor']:>8.0%} {row['factor']:>7.2f}"
-        )
-    return "\n".join([*lines, "  " + next_factor(rows)])
+    lines = [HEAD, *cells(rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    made = [
+        "  ".join([line[0].ljust(widths[0]), *(x.rjust(w) for x, w in zip(line[1:], widths[1:], strict=True))])
+        for line in lines
+    ]
+    return "\n".join(f"  {line}".rstrip() for line in [*made, next_factor(rows)])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -347,7 +356,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }  # fmt: skip
     machine, limits, file = report["machine"], report["ceilings"], options.out / "parts.json"
     where = f"{machine.get('gpu', machine['cpu'])}, {harness.threads(machine)}, {machine['isa']}"
-    print(f"a training step of {options.preset}, batch 1, {options.dtype}, {where}, torch {machine['torch']}; ms")
+    print(f"a training step of {options.preset}, batch 1, {options.dtype}, {where}, torch {machine['torch']}")
     for frames in sorted(set(options.frames)):
         read = decoding(options.clip, config, frames)
         for combiner in dict.fromkeys(options.combiner):
@@ -357,13 +366,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
             spent, plain = (f"{steps[name] * 1e3:,.1f}" for name in ("seconds", "without_stamps"))
             print(
-                f"{frames} frames, Combiner {combiner}: {spent}, without stamps {plain}",
+                f"{frames} frames, Combiner {combiner}: {spent} ms, without stamps {plain}",
                 table(rows),
                 sep="\n",
                 flush=True,
             )
             report["steps"].append({"combiner": combiner, "frames": frames, **steps, "rows": rows})
-            file.write_text(json.dumps(report, indent=1) + "\n")
+            harness.write(report, file)
     print(f"wrote {file}")
     return 0
 

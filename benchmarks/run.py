@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
-import json
 import os
 import subprocess
 import sys
@@ -238,7 +237,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     stem = options.op + (f"-{options.isa}" if options.isa else "")
     files = [options.out / f"{stem}.json", options.out / f"{stem}.png"]
     try:
-        report = measure(options, lambda now: write(now, files[0]), other)
+        report = measure(options, lambda now: harness.write(now, files[0]), other)
     finally:
         if other is not None:
             other.close()
@@ -256,10 +255,6 @@ def drawn(report: dict[str, Any], path: Path) -> str:
     from benchmarks import plot
 
     return f" and {path}" if plot.draw_ratios(report, path) else "; there is no ratio to draw"
-
-
-def write(report: dict[str, Any], path: Path) -> None:
-    path.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

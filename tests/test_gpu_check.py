@@ -43,7 +43,7 @@ def work(tmp_path, monkeypatch):
 def check(stages: list[Stage], seconds: float, work: Path) -> dict:
     """-> what is in the file at the end."""
     report = {"machine": {"cpu": "a", "torch": "b"}, "stages": []}
-    gpu_check.check(stages, report, seconds, lambda now: gpu_check.write(now, work / "all.json"))
+    gpu_check.check(stages, report, seconds, lambda now: harness.write(now, work / "all.json"))
     found = json.loads((work / "all.json").read_text())
     assert found == json.loads(json.dumps(report))
     return found
@@ -88,7 +88,7 @@ gpu_check.WORK, gpu_check.EVERY = Path({str(tmp_path)!r}), 0.1
 result = gpu_check.WORK / "result.json"
 stages = [python("one", 5, "pass"), python("two", 60, WRITER, str(result), result=result)]
 report = {{"stages": []}}
-gpu_check.check(stages, report, 60, lambda now: gpu_check.write(now, gpu_check.WORK / "all.json"))
+gpu_check.check(stages, report, 60, lambda now: harness.write(now, gpu_check.WORK / "all.json"))
 """
     process = subprocess.Popen(
         [sys.executable, "-W", "ignore", "-c", code], cwd=harness.ROOT, stdout=subprocess.DEVNULL

@@ -117,10 +117,14 @@ def row(part, direction, seconds, floor):
 
 def test_the_next_factor():
     rows = [row("encoder", "forward", 2.0, 1.0), row("encoder", "backward", 4.0, 1.0), row("text", "forward", 2.0, 3.0)]
+    rows.append(row(parts.DECODING, "forward", 4.0, 0.1))  # beside the step
     found = parts.summarise(rows)
     assert found["encoder"]["share"] == 0.75 and found["encoder"]["factor"] == 8 / 4
     assert found["text"]["factor"] == 1 and found["text"]["of_floor"] == 1.5  # faster than this machine's GEMM
-    assert "backward" not in found["text"] and parts.next_factor(rows).startswith("next: encoder; at its floor")
+    assert found[parts.DECODING]["share"] == 0.5 and "factor" not in found[parts.DECODING]
+    assert "backward" not in found["text"] and parts.next_factor(rows).startswith(
+        "next: encoder; at its floor the step would be 2.00"
+    )
 
 
 @pytest.mark.parametrize("clip", ["noise", None])

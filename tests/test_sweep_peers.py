@@ -77,6 +77,31 @@ def test_in_the_sweep(installed, quick, train, tmp_path):
     assert report["clip"] == "noise" and report["sound"]
 
 
+def test_a_sweep_in_pieces(quick, tmp_path, capsys):
+    def rows(*arguments):
+        assert sweep.main(["--preset", "tiny", "--clip", "noise", "--out", str(tmp_path), *arguments]) == 0
+        return json.loads((tmp_path / "sweep.json").read_text())["rows"]
+
+    first = rows("--frames", "4", "--combiner", "current")
+    more = rows("--frames", "4", "8", "--combiner", "token_learner", "current", "--resume")
+    assert more[: len(first)] == first  # not measured again
+    known = [row["backend"] for row in first]
+    pieces = [("current", 4), ("token_learner", 4), ("token_learner", 8), ("current", 8)]
+    assert [(r["combiner"], r["frames"], r["backend"]) for r in more] == [(*p, name) for p in pieces for name in known]
+    report = json.loads((tmp_path / "sweep.json").read_text())
+    assert report["combiners"] == ["current", "token_learner"]
+    report["rows"] = report["rows"][1:]  # half a size: its candidates did not take turns with these
+    (tmp_path / "sweep.json").write_text(json.dumps(report))
+    again = rows("--frames", "4", "--combiner", "current", "--resume")
+    assert len(again) == len(more) and [row["backend"] for row in again[-len(known) :]] == known
+    capsys.readouterr()
+    arguments = ["--preset", "tiny", "--clip", "noise", "--frames", "4", "--train", "--resume", "--out", str(tmp_path)]
+    assert sweep.main(arguments) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.startswith("sweep: --resume: ") and "expected train True, got False" in said.err
+    assert len(rows("--frames", "4")) == len(known)  # anew without --resume
+
+
 def test_what_goes_wrong_there_is_said_here(installed):
     other = mirasol_pytorch.start(sys.executable, 1)
     try:
