@@ -38,7 +38,7 @@ def parts(report: Report) -> Iterator[tuple[str, Report]]:
         yield "", report
         return
     for stage in report["stages"]:
-        if stage["result"] and "rows" in stage["result"]:
+        if stage["result"] and ("rows" in stage["result"] or "steps" in stage["result"]):
             yield stage["name"], stage["result"]
 
 

@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from benchmarks import harness, headline, mirasol_pytorch
+from benchmarks.bar import tqdm
+from benchmarks.contest import first_line
 from benchmarks.whole import (
     COMBINERS,
     COMPILED,
@@ -49,6 +50,7 @@ from mirasol_model.media import Clip
 BACKENDS = {"cpu": ("native", "reference"), "cuda": ("triton", "cuda", "reference")}
 TIMING_SECONDS = 4.0  # per size of clip, over all backends; at least three rounds
 EXACT_SECONDS = {"cpu": 45.0, "cuda": 5.0}  # the float64 reference is left out where it would take longer
+FAILED = "FAILED"  # how a note of --keep-going begins
 DOUBLE = {"float32": 2, "bfloat16": 16}  # times as long as in this dtype it takes, about
 
 
@@ -122,8 +124,8 @@ def measure(
         row["error"] = exact and max(harness.error(outputs[job.backend][name], exact[name]) for name in exact)
         if "reference" in timings and job.backend not in ("reference", COMPILED):
             row["speed_up"] = timings["reference"].median / timing.median
-            beyond = max(timing.median - seconds_in_ops(work, device), timing.median / 1000)
-            row["limit"] = timings["reference"].median / beyond
+            if spent := seconds_in_ops(work, device):  # 0 where a profiler is not allowed to look at the GPU
+                row["limit"] = timings["reference"].median / max(timing.median - spent, timing.median / 1000)
         rows.append(row)
     for name, other in others.items():
         row = described(jobs[0]._replace(backend=name), timings[name], other.memory(), other.parameters)
@@ -261,7 +263,14 @@ def sweep(
         for combiner, config in configs.items():
             model = build(config, device, options.dtype)
             models = model, copy.deepcopy(model).double()
-            backends, notes = serving(model, clip, combiner, options, device)
+            try:
+                backends, notes = serving(model, clip, combiner, options, device)
+            except RuntimeError as failure:
+                if not options.keep_going:
+                    raise
+                report["notes"].append(f"{FAILED} {combiner}: {first_line(failure)}")
+                save(report)
+                continue
             report["notes"] += [note for note in notes if note not in report["notes"]]
             theirs = [mirasol_pytorch.NAME] * (options.mirasol_pytorch is not None and combiner == "current")
             for frames in sizes:
@@ -272,8 +281,14 @@ def sweep(
                     str(options.clip), options.preset, combiner, frames, "", options.train, device, options.dtype,
                     options.snippet,
                 )  # fmt: skip
-                with elsewhere(options, config, frames) as there:
-                    rows, notes = measure(clip, models, [job._replace(backend=name) for name in backends], bar, there)
+                try:
+                    with elsewhere(options, config, frames) as there:
+                        every = [job._replace(backend=name) for name in backends]
+                        rows, notes = measure(clip, models, every, bar, there)
+                except RuntimeError as failure:
+                    if not options.keep_going:
+                        raise
+                    rows, notes = [], [f"{FAILED} {combiner}, {frames} frames: {first_line(failure)}"]
                 for row in rows:
                     bar.write(line(row), file=sys.stdout)
                 sys.stdout.flush()
@@ -313,6 +328,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="that package's model beside Combiner current, run by this Python (on a CPU)",
     )
     parser.add_argument("--train", action="store_true", help="a training step instead of a forward pass")
+    parser.add_argument("--keep-going", action="store_true", help="when a size fails, note it and go on with the next")
     parser.add_argument(
         "--resume", action="store_true", help="add to the sweep.json in --out what it does not have yet"
     )

@@ -111,6 +111,27 @@ def test_what_goes_wrong_there_is_said_here(installed):
         other.close()
 
 
+def test_a_size_that_fails_is_a_note(quick, monkeypatch, tmp_path):
+    measured = sweep.measure
+
+    def fails(clip, models, jobs, *rest):
+        if jobs[0].frames == 4:
+            raise RuntimeError("CUDA error: an illegal memory access")
+        return measured(clip, models, jobs, *rest)
+
+    monkeypatch.setattr(sweep, "measure", fails)
+    arguments = ["--preset", "tiny", "--clip", "noise", "--frames", "4", "8", "--out", str(tmp_path)]
+    with pytest.raises(RuntimeError, match="illegal"):
+        sweep.main(arguments)
+    assert sweep.main([*arguments, "--keep-going"]) == 0
+    report = json.loads((tmp_path / "sweep.json").read_text())
+    assert {row["frames"] for row in report["rows"]} == {8}
+    assert report["notes"] == ["FAILED all, 4 frames: RuntimeError: CUDA error: an illegal memory access"]
+    monkeypatch.setattr(sweep, "serving", lambda *_: (_ for _ in ()).throw(RuntimeError("no kernel")))
+    assert sweep.main([*arguments, "--keep-going"]) == 0
+    assert json.loads((tmp_path / "sweep.json").read_text())["notes"] == ["FAILED all: RuntimeError: no kernel"]
+
+
 def test_the_compiled_reference(quick, monkeypatch, tmp_path):
     """Traced as it is, but not through Inductor, which takes a minute for this."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
