@@ -143,7 +143,7 @@ def line(found: dict[str, Any]) -> str:
     if found["status"] == "skipped":
         said = found["said"]
     elif found["name"] == "tests":
-        said = ", ".join(f"{n} {kind}" for kind, n in result["counts"].items()) or "none ran"
+        said = ", ".join(f"{n} {kind}" for kind, n in result["counts"].items()) or last_line(found["said"])
     elif result is not None:
         failed = [note for note in result.get("notes", ()) if is_failure(note)]
         rows = result["rows"] if "rows" in result else [row for step in result["steps"] for row in step["rows"]]

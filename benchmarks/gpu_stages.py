@@ -114,7 +114,9 @@ def tests() -> Stage:
     pytest, every op's cases against float64, which needs nothing."""
     if without("pytest"):
         return Stage("tests", 105, [sys.executable, "-m", "mirasol_kernels", "--check"])
-    files = sorted((harness.ROOT / "tests").rglob("test_*.py"))
+    files = sorted(
+        (harness.ROOT / "tests").rglob("test_*.py"), key=lambda file: (file.stem != "test_every_backend", file)
+    )
     marked = [str(file.relative_to(harness.ROOT)) for file in files if "mark.gpu" in file.read_text()]
     workers = [] if without("xdist") else ["-p", "xdist.plugin", "-n", str(min(8, os.cpu_count() or 1))]
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "--tb=short", "--color=no", "-p", "no:cacheprovider"]

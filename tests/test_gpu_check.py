@@ -164,6 +164,8 @@ def test_outcomes_of_a_log_that_may_end_anywhere():
     assert cut == {"counts": {"passed": 1, "failed": 1}, "bad": found["bad"][:1]}
     stage = {"name": "tests", "status": "out of time", "seconds": 1.0, "result": cut, "said": ""}
     assert gpu_check.bad(stage) and gpu_check.line(stage).endswith("1 passed, 1 failed")
+    without_pytest = stage | {"result": gpu_check.outcomes("all cases\n"), "said": "all cases\n", "status": "passed"}
+    assert not gpu_check.bad(without_pytest) and gpu_check.line(without_pytest).endswith("all cases")
 
 
 @pytest.fixture
@@ -235,6 +237,7 @@ def test_every_gpu_backend_of_every_op_is_tested(fake_gpu):
     (stage,) = (stage for stage in fake_gpu if stage.name == "tests")
     command = [word for word in stage.command if word not in ("-v", "-n", "-p") and "=" not in word]
     files = [word for word in command if word.endswith(".py")]
+    assert files[0] == "tests/test_every_backend.py"  # where time is short, the last are cut off
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "pytest", "-m", "gpu", "--collect-only", "-q", *files],
         cwd=harness.ROOT, capture_output=True, text=True, env={**os.environ, **stage.environment},
