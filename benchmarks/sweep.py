@@ -265,7 +265,7 @@ def sweep(
             models = model, copy.deepcopy(model).double()
             try:
                 backends, notes = serving(model, clip, combiner, options, device)
-            except RuntimeError as failure:
+            except Exception as failure:
                 if not options.keep_going:
                     raise
                 report["notes"].append(f"{FAILED} {combiner}: {first_line(failure)}")
@@ -285,7 +285,7 @@ def sweep(
                     with elsewhere(options, config, frames) as there:
                         every = [job._replace(backend=name) for name in backends]
                         rows, notes = measure(clip, models, every, bar, there)
-                except RuntimeError as failure:
+                except Exception as failure:  # Triton's errors have no common class
                     if not options.keep_going:
                         raise
                     rows, notes = [], [f"{FAILED} {combiner}, {frames} frames: {first_line(failure)}"]
