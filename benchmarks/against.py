@@ -7,17 +7,13 @@ times its own calls when it is its turn: what passes between the processes is no
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import itertools
 import os
-import pickle
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +21,10 @@ import torch
 from torch import Tensor
 
 from benchmarks import harness
+from benchmarks.elsewhere import Other
 from benchmarks.peers import Peer, Problem
 
 NAME = "against"
-REST = 0.005  # seconds after which the threads of the one whose turn it was no longer spin
 BUILDS = harness.ROOT / "build" / "against"
 
 
@@ -68,38 +64,9 @@ sys.path.insert(0, {tree!r})
 import mirasol_kernels
 assert mirasol_kernels.__file__.startswith({tree!r}), mirasol_kernels.__file__
 sys.path.insert(0, {root!r})
-from benchmarks import against
-against.serve({threads})
+from benchmarks import against, elsewhere
+elsewhere.serve({threads}, against.begin, elsewhere.SETTLE)
 """
-
-
-class Other:
-    """The process. `ask` sends a question and waits for the answer; an error over there is a RuntimeError here."""
-
-    def __init__(self, tree: Path, threads: int, python: str = sys.executable, start: str = START) -> None:
-        """start: what that Python runs, a program with the fields tree, root and threads."""
-        code = start.format(tree=str(tree), root=str(harness.ROOT), threads=threads)
-        self.process = subprocess.Popen(
-            [python, "-W", "ignore", "-c", code], cwd=tree, stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        )
-
-    def ask(self, *question: Any) -> Any:
-        assert self.process.stdin and self.process.stdout
-        try:
-            pickle.dump(question, self.process.stdin)
-            self.process.stdin.flush()
-            answer = pickle.load(self.process.stdout)
-        except (EOFError, OSError):
-            raise RuntimeError(f"the other process ended with code {self.process.wait()}") from None
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
-    def close(self) -> None:
-        assert self.process.stdin
-        with contextlib.suppress(OSError):  # it may have ended by itself
-            self.process.stdin.close()
-        self.process.wait()
 
 
 class Away:
@@ -109,13 +76,15 @@ class Away:
         self.other, self.question = other, question
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        return tuple(x.to(inputs[0].device) for x in self.other.ask("results", *self.question))
+        return tuple(x.to(inputs[0].device) for x in self.other.ask("begin", *self.question))
 
     def clock(self) -> float:
-        time.sleep(REST)
-        seconds = self.other.ask("turn")
-        time.sleep(REST)
-        return seconds
+        return self.other.turn()
+
+
+def start(tree: Path, threads: int) -> Other:
+    """The process of the commit whose tree that is."""
+    return Other(tree, threads, START)
 
 
 def peer(op: str, names: Sequence[str], other: Other) -> Peer:
@@ -127,39 +96,10 @@ def peer(op: str, names: Sequence[str], other: Other) -> Peer:
     return Peer(NAME, prepare, ours=True)
 
 
-def serve(threads: int) -> None:
-    """What runs over there: answers on what is its standard output, while everything it prints goes to the errors."""
-    torch.set_num_threads(threads)
-    questions, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
-    turn: Callable[[], float] | None = None
-    while True:
-        try:
-            kind, *arguments = pickle.load(questions)
-        except EOFError:
-            return
-        answer: Any
-        try:
-            if kind == "results":
-                turn = None  # what the last case holds goes before the next one comes
-                turn, answer = begin(*arguments)
-            else:
-                assert turn is not None
-                answer = turn()
-                if answer < REST:  # a call so short shows that this process was asleep
-                    answer = turn()
-        except NotImplementedError as refusal:
-            answer = refusal
-        except Exception as error:
-            answer = RuntimeError(f"{type(error).__name__}: {error}")
-        pickle.dump(answer, answers)
-        answers.flush()
-
-
 def begin(
     op: str, names: Sequence[str], name: str, dtype: torch.dtype, direction: str, device: str
-) -> tuple[Callable[[], float], tuple[Tensor, ...]]:
-    """-> one timed call on the next set of inputs, and the results on the first."""
+) -> tuple[Callable[[], Any], str, tuple[Tensor, ...]]:
+    """-> a call on the next set of inputs, the device, and the results on the first."""
     from benchmarks import contest
 
     case = importlib.import_module(f"benchmarks.cases.{op}").CASES[name]
@@ -174,5 +114,5 @@ def begin(
             continue
         call, results, _ = tried
         work = contest.taking_turns(call, itertools.cycle(contest.input_sets(problem)))
-        return partial(harness.clock, work, device), tuple(x.cpu() for x in results)
+        return work, device, tuple(x.cpu() for x in results)
     raise NotImplementedError("; ".join(reasons))

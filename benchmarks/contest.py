@@ -14,6 +14,7 @@ from torch import Tensor
 
 from benchmarks import harness
 from benchmarks.cases import Truth
+from benchmarks.elsewhere import SETTLE
 from benchmarks.peers import Call, Peer, Problem
 from mirasol_kernels import _check
 
@@ -168,9 +169,11 @@ def compete(
     calls = {candidate.name: candidate.calls for candidate in candidates}
     ours = {candidate.name: candidate.ours for candidate in candidates}
     del candidates  # and with them the results, which may be large
+    settle = SETTLE if any(hasattr(work, "clock") for work in works.values()) else 0.0  # another process takes turns
     timings = harness.interleave(
-        works, rounds=effort.rounds, warmup=0, budget=effort.seconds, beaten=BEATEN, device=problem.device
-    )
+        works, rounds=effort.rounds, warmup=0, budget=effort.seconds, beaten=BEATEN, settle=settle,
+        device=problem.device,
+    )  # fmt: skip
     graphs: dict[str, dict[str, float]] = {}
     if problem.device != "cpu" and timings and min(timing.median for timing in timings.values()) < SMALL:
         graphs, refused = in_graphs(calls, effort)

@@ -24,11 +24,14 @@ SANITIZERS = ("memcheck", "racecheck")
 SHAPES = {
     "attention": "combiner_64 wan_1b vjepa2_ac_8 magi_32k combiner_64_last small_snippets latent window_sink "
     "text_images short_clips wan_teacher magi_8k magi_16k decode_256 decode_1 decode_32 decode_8 "
-    "wan_decode wan_14b longlive2 magi",
+    "wan_decode longlive2_text wan_14b longlive2 magi",
+    "attention-more": "longlive2_decode wan_first_frame prefix_answer magi_decode longlive vjepa2_plan actions "
+    "vjepa2_ac_extrinsics",
     "attention-flex": "combiner_64 wan_1b vjepa2_ac_8 magi_32k latent window_sink text_images magi_8k",
     "token-learner": "snippets writes snippets_1280",
     "token-learner-compile": "snippets writes",
-    "recurrence": "machine_512 machine_384 machine_512_batch machine_768 block",
+    "recurrence": "machine_512 machine_384 machine_512_batch machine_768 block machine_384_batch machine_768_batch "
+    "block_batch block_long",
     "recurrence-compile": "machine_512 machine_384",
 }
 NOT_FLEX = [
@@ -67,11 +70,13 @@ def stages(device: str) -> list[Stage]:
         op("recurrence", "latent_recurrence", 20, device, "float32", "--peer", *steps),
         model("forward", 20, device, "--combiner", "all"),
         model("training", 25, device, "--combiner", "all", "--train"),
-        op("attention-flex", "block_causal_attention", 50, device, "bfloat16", "--peer", ours, "flex"),
+        by_parts(20, device),
+        op("attention-flex", "block_causal_attention", 45, device, "bfloat16", "--peer", ours, "flex"),
         op("token-learner-compile", "token_learner", 20, device, "bfloat16", "--peer", ours, "compile"),
         op("recurrence-compile", "latent_recurrence", 20, device, "float32", "--peer", "ours", "compile"),
         *(sanitizer(tool) for tool in SANITIZERS),
         model("combiners", 15, device, "--combiner", "current", "ttm", "perceiver", "token_learner", "--train"),
+        op("attention-more", "block_causal_attention", 0, device, "bfloat16", "--peer", ours, *others),
         model("compiled", 0, device, "--train", "--compile"),  # if anything is left
     ]
 
@@ -95,7 +100,7 @@ def build(device: str) -> Stage:
     make = ["cmake", "--build", folder, "--target", f"native_{device}", "--parallel", str(os.cpu_count())]
     command = ["sh", "-c", f"{shlex.join(configure)} && {shlex.join(make)}"]
     missing = f"not here: {', '.join(absent)}" if absent else None
-    return Stage("build", 75, command, missing=missing, environment=environment)
+    return Stage("build", 70, command, missing=missing, environment=environment)
 
 
 def architecture(capability: tuple[int, int]) -> str:
@@ -105,14 +110,19 @@ def architecture(capability: tuple[int, int]) -> str:
 
 
 def tests() -> Stage:
-    """The files in which anything is marked as needing a GPU, with no plugins but those we name."""
-    files = sorted((harness.ROOT / "tests").rglob("test_*.py"))
+    """The files in which anything is marked as needing a GPU, with no plugins but those we name. Where there is no
+    pytest, every op's cases against float64, which needs nothing."""
+    if without("pytest"):
+        return Stage("tests", 105, [sys.executable, "-m", "mirasol_kernels", "--check"])
+    files = sorted(
+        (harness.ROOT / "tests").rglob("test_*.py"), key=lambda file: (file.stem != "test_every_backend", file)
+    )
     marked = [str(file.relative_to(harness.ROOT)) for file in files if "mark.gpu" in file.read_text()]
     workers = [] if without("xdist") else ["-p", "xdist.plugin", "-n", str(min(8, os.cpu_count() or 1))]
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "--tb=short", "--color=no", "-p", "no:cacheprovider"]
     command += ["--continue-on-collection-errors", *workers, *marked]
     deterministic = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-    return Stage("tests", 110, command, missing=without("pytest"), environment=deterministic | NO_PLUGINS)
+    return Stage("tests", 105, command, environment=deterministic | NO_PLUGINS)
 
 
 def op(name: str, of: str, seconds: float, device: str, dtype: str, *options: str) -> Stage:
@@ -120,14 +130,25 @@ def op(name: str, of: str, seconds: float, device: str, dtype: str, *options: st
     command = [sys.executable, "-m", "benchmarks.run", of, "--device", device, "--no-tests", "--keep-going"]
     command += ["--dtype", dtype, "--seconds", "1", "--out", str(out), *options]
     command += ["--case", *SHAPES[name].split()] if device == "cuda" else ["--quick"]
-    return Stage(name, seconds, command, out / f"{of}.json", without("tqdm"))
+    return Stage(name, seconds, command, out / f"{of}.json")
+
+
+def size(device: str) -> list[str]:
+    return ["base", "--dtype", "bfloat16", "--frames", "64", "512"] if device == "cuda" else ["tiny", "--frames", "8"]
 
 
 def model(name: str, seconds: float, device: str, *options: str) -> Stage:
     out = WORK / name
-    size = ["base", "--dtype", "bfloat16", "--frames", "64", "512"] if device == "cuda" else ["tiny", "--frames", "8"]
-    command = [sys.executable, "-m", "benchmarks.sweep", "--clip", "noise", "--preset", *size, "--out", str(out)]
-    return Stage(name, seconds, [*command, *options], out / "sweep.json", without("tqdm", "huggingface_hub"))
+    command = [sys.executable, "-m", "benchmarks.sweep", "--clip", "noise", "--preset", *size(device), "--keep-going"]
+    return Stage(name, seconds, [*command, "--out", str(out), *options], out / "sweep.json", without("huggingface_hub"))
+
+
+def by_parts(seconds: float, device: str) -> Stage:
+    """A training step part by part, with the time of decoding where PyAV is here."""
+    out, clip = WORK / "parts", ["--clip", "noise"] if without("av") else []
+    command = [sys.executable, "-m", "benchmarks.parts", "--preset", *size(device), "--combiner", "all", *clip]
+    command += ["--seconds", "2", "--out", str(out)]
+    return Stage("parts", seconds, command, out / "parts.json", without("huggingface_hub"))
 
 
 def sanitizer(tool: str) -> Stage:

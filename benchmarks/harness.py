@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import json
 import multiprocessing
 import os
 import platform
@@ -37,13 +38,14 @@ def interleave(
     warmup: float = 0.2,
     budget: float | None = None,
     beaten: float | None = None,
+    settle: float = 0.0,
     device: str = "cpu",
 ) -> dict[str, Timing]:
     """Time every candidate once per round, each round in another order, so that drifting clocks hit all alike.
 
     rounds: at most; fewer, but at least 3, once `budget` seconds are spent. warmup: seconds per candidate beforehand.
     beaten: who takes that many times as long as the fastest, and a twentieth of the budget, leaves after the first
-    round, so that the time goes to those between whom it is close.
+    round, so that the time goes to those between whom it is close. settle: see `clock`.
     """
     if not candidates:
         return {}
@@ -62,7 +64,7 @@ def interleave(
             break
         turn = done % len(names)
         for name in names[turn:] + names[:turn]:
-            times[name].append(clock(candidates[name], device))
+            times[name].append(clock(candidates[name], device, settle))
     return {name: summary(seconds) for name, seconds in times.items()}
 
 
@@ -72,10 +74,18 @@ def summary(seconds: Sequence[float]) -> Timing:
     return Timing(statistics.median(ordered), ordered[tenth], ordered[-1 - tenth], len(ordered))
 
 
-def clock(work: Callable[[], Any], device: str = "cpu") -> float:
-    """Seconds of one call. On a GPU until its work is done. Work in another process has a clock of its own."""
+def clock(work: Callable[[], Any], device: str = "cpu", settle: float = 0.0) -> float:
+    """Seconds of one call. On a GPU until its work is done. Work in another process has a clock of its own.
+
+    settle: seconds of untimed calls before it, at least one: then it is not the first one after a sleep.
+    """
     if elsewhere := getattr(work, "clock", None):
         return elsewhere()
+    start = time.perf_counter()
+    while settle:
+        work()
+        if time.perf_counter() - start >= settle:
+            break
     if device == "cpu":
         start = time.perf_counter()
         work()
@@ -294,6 +304,13 @@ def machine(device: str = "cpu") -> dict[str, Any]:
             "driver": _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         }
     return facts | commit()
+
+
+def write(report: Mapping[str, Any], path: Path) -> None:
+    """At once or not at all: whoever is stopped meanwhile leaves what there was."""
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(report, indent=1) + "\n")
+    part.replace(path)
 
 
 def threads(machine: Mapping[str, Any]) -> str:

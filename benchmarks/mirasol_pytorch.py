@@ -14,24 +14,26 @@ snippets, so that both must be equal: here they are, with patches as wide as tha
 
 from __future__ import annotations
 
-import os
-import pickle
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from benchmarks import harness
+from benchmarks.elsewhere import Other
 
 NAME = "mirasol-pytorch"
 ROWS, PATCH = 4, 16  # of a spectrogram's patches: rows of them, and their size
 START = """
 import sys
 sys.path.insert(0, {root!r})
-from benchmarks import mirasol_pytorch
-mirasol_pytorch.serve({threads})
+from benchmarks import elsewhere, mirasol_pytorch
+elsewhere.serve({threads}, mirasol_pytorch.begin)
 """
+
+
+def start(python: str, threads: int) -> Other:
+    return Other(harness.ROOT, threads, START, python)
 
 
 def settings(config: Any, frames_of_clip: int, video_tokens: int, audio_tokens: int) -> dict[str, Any]:
@@ -58,18 +60,18 @@ def settings(config: Any, frames_of_clip: int, video_tokens: int, audio_tokens: 
 class There:
     """Its step, as a candidate of `harness.interleave`: the clock is in the other process."""
 
-    def __init__(self, other: Any, built: dict[str, Any], frames: int, text: int, train: bool) -> None:
+    def __init__(self, other: Other, built: dict[str, Any], frames: int, text: int, train: bool) -> None:
         self.other, self.parameters = other, other.ask("begin", built, frames, text, train)
 
     def clock(self) -> float:
-        return self.other.ask("turn")
+        return self.other.turn()
 
     def memory(self) -> harness.Memory:
         return harness.Memory(*self.other.ask("memory"))
 
 
-def step(built: dict[str, Any], frames: int, text: int, train: bool) -> tuple[Callable[[], Any], int]:
-    """One pass, with `train` forward and backward -> the work, and how many parameters."""
+def begin(built: dict[str, Any], frames: int, text: int, train: bool) -> tuple[Callable[[], Any], str, int]:
+    """One pass, with `train` forward and backward, run once -> the work, its device, and how many parameters."""
     from mirasol_pytorch import Mirasol
 
     torch.manual_seed(0)
@@ -88,34 +90,5 @@ def step(built: dict[str, Any], frames: int, text: int, train: bool) -> tuple[Ca
             if train:
                 out.backward()
 
-    return work, sum(parameter.numel() for parameter in model.parameters())
-
-
-def serve(threads: int) -> None:
-    """What runs over there; it answers on what is its standard output, while all that is printed goes to the errors."""
-    torch.set_num_threads(threads)
-    questions, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
-    work: Callable[[], Any] | None = None
-    while True:
-        try:
-            kind, *arguments = pickle.load(questions)
-        except EOFError:
-            return
-        answer: Any
-        try:
-            if kind == "begin":
-                work, answer = step(*arguments)
-                work()
-            elif kind == "turn":
-                assert work is not None
-                answer = harness.clock(work)
-            else:
-                assert work is not None
-                before = harness.forget_peak("cpu")
-                work()
-                answer = before, harness.peak_of("cpu")
-        except Exception as error:  # a reason for the one who asks
-            answer = RuntimeError(f"{type(error).__name__}: {error}")
-        pickle.dump(answer, answers)
-        answers.flush()
+    work()
+    return work, "cpu", sum(parameter.numel() for parameter in model.parameters())

@@ -18,25 +18,13 @@ from typing import Any
 
 from benchmarks import harness, tables
 from benchmarks.cases import DIRECTIONS, NAMES
+from benchmarks.report_model import headline_table, parts_tables, sweep_table
 from benchmarks.results import FOLDER, Group, Report, groups
+from benchmarks.tables import Lines, number, table
 
 DOCS = harness.ROOT / "docs"
 README = harness.ROOT / "README.md"
 MARKED = re.compile(r"(<!-- report:(\w+) -->\n).*?(<!-- /report -->)", re.S)
-Lines = list[str]
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> Lines:
-    """left: columns of words, the rest are of numbers."""
-    rule = ["---"] * left + ["---:"] * (len(head) - left)
-    return [re.sub(r"\| +(?=\|)", "| ", f"| {' | '.join(cells)} |") for cells in (head, rule, *rows)]
-
-
-def number(x: float) -> str:
-    """Three digits, or all before the point."""
-    if x == 0 or x >= 99.95:
-        return f"{x:,.0f}"
-    return f"{x:.1f}" if x >= 9.995 else f"{x:.2f}" if x >= 0.0995 else f"{x:.2g}"
 
 
 def files_of(group: Group) -> str:
@@ -174,28 +162,6 @@ def memory(group: Group) -> Lines:
     return table(["", "", "who", "MB of a call and what it keeps prepared"], rows, 3) if rows else []
 
 
-# ---------------------------------------------------------------------------------------------------------- sweep
-
-
-def sweep_table(group: Group) -> Lines:
-    head = ["frames", "Combiner", "who", "ms", "10 .. 90 %", "frames/s", "times the reference", "limit of our ops",
-            "peak MB", "step MB", "joule", "error"]  # fmt: skip
-    rows, found = [], group.report["rows"]
-    reference = {(r["frames"], r["combiner"]): r["seconds"] for r in found if r["backend"] == "reference"}
-    for row in found:
-        base = reference.get((row["frames"], row["combiner"]))
-        rows.append(
-            [f"{row['frames']:,}", row["combiner"], row["backend"], number(row["seconds"] * 1e3),
-             f"{number(row['seconds_low'] * 1e3)} .. {number(row['seconds_high'] * 1e3)}",
-             number(row["frames_per_second"]), f"{base / row['seconds']:.2f}" if base else "",
-             f"{row['limit']:.2f}" if row.get("limit") else "", f"{row['peak_bytes'] / 1e6:,.0f}",
-             f"{row['step_bytes'] / 1e6:,.0f}", number(row["joules"]) if row.get("joules") else "",
-             "" if row["error"] is None else f"{row['error']:.1e}"]
-        )  # fmt: skip
-    kept = [i for i in range(len(head)) if any(cells[i] for cells in rows)]
-    return table([head[i] for i in kept], [[cells[i] for i in kept] for cells in rows], 3)
-
-
 # --------------------------------------------------------------------------------------------------------- others
 
 
@@ -258,11 +224,25 @@ def sweep_section(found: Sequence[Group]) -> Lines:
     return [said, "", *sweep_table(group), "", picture]
 
 
+def headline_section(found: Sequence[Group]) -> Lines:
+    """Of the machine whose sweeps are the newest."""
+    newest_one = newest(found, "sweep", "small", "float32")
+    mine = [group for group in found if group.kind == "sweep" and group.machine == newest_one.machine]
+    return headline_table(mine)
+
+
+def parts_section(found: Sequence[Group]) -> Lines:
+    group = newest(found, "parts", "", "float32")
+    return [f"{where(group.report)}. From {files_of(group)}:", "", *parts_tables(group)]
+
+
 SECTIONS: dict[str, Callable[[Sequence[Group]], Lines]] = {
     "sweep": sweep_section,
     "attention": partial(op_section, "block_causal_attention"),
     "token_learner": partial(op_section, "token_learner"),
     "recurrence": partial(op_section, "latent_recurrence", each=True),
+    "headline": headline_section,
+    "parts": parts_section,
 }
 
 
@@ -288,7 +268,9 @@ difference from float64, relative to the largest value.
 
 def document(found: Sequence[Group]) -> str:
     lines = [INTRODUCTION]
-    for group in sorted(found, key=lambda g: (("op", "sweep", "other").index(g.kind), g.what, g.machine, g.dtype)):
+    for group in sorted(
+        found, key=lambda g: (("op", "sweep", "parts", "other").index(g.kind), g.what, g.machine, g.dtype)
+    ):
         report, machine = group.report, group.report["machine"]
         commit = f"commit {machine['commit'][:10]}" if machine.get("commit") else "no commit known"
         facts = [where(report), group.date, commit + (", changed" if machine.get("dirty") else ""), files_of(group)]
@@ -304,8 +286,14 @@ def document(found: Sequence[Group]) -> str:
         elif group.kind == "sweep":
             lines += [*sweep_table(group), "", *(f"- {note}" for note in report["notes"]), ""]
             lines += [f"![Time and peak memory over frames]({group.slug}.png)", ""]
+        elif group.kind == "parts":
+            lines += [*parts_tables(group), ""]
         else:
             lines += [*other_table(group), ""]
+    for machine in sorted({group.machine for group in found if group.kind == "sweep"}):
+        mine = [group for group in found if group.kind == "sweep" and group.machine == machine]
+        if verdicts := headline_table(mine):
+            lines += [f"## What the sweep has to show, {machine}", "", *verdicts, ""]
     for slug, name in rooflines(found):
         lines += [f"## Every kernel under the roof of {name}", "", f"![Roofline]({slug}.png)", ""]
     return "\n".join(lines).rstrip() + "\n"

@@ -18,7 +18,7 @@ Report = dict[str, Any]
 class Group(NamedTuple):
     """Of one machine and one day: all about one op in one dtype, or one sweep of the model, or one other table."""
 
-    kind: str  # "op", "sweep" or "other"
+    kind: str  # "op", "sweep", "parts" or "other"
     what: str  # the op and the stage of a check, the task of the model, or the name of the other table
     dtype: str
     machine: str  # as files are named
@@ -38,7 +38,7 @@ def parts(report: Report) -> Iterator[tuple[str, Report]]:
         yield "", report
         return
     for stage in report["stages"]:
-        if stage["result"] and "rows" in stage["result"]:
+        if stage["result"] and ("rows" in stage["result"] or "steps" in stage["result"]):
             yield stage["name"], stage["result"]
 
 
@@ -54,6 +54,8 @@ def kinds(what: str, stage: str, report: Report) -> Iterator[tuple[str, str, str
         snippet = next((row["snippet"] for row in report["rows"] if "snippet" in row), 8)
         name = f"{report['preset']}, {task}, snippets of {snippet}, {' and '.join(report['combiners'])}"
         yield "sweep", name, report.get("dtype", "float32"), report
+    elif isinstance(report.get("steps"), list):
+        yield "parts", f"{report['preset']}, training step by parts", report["dtype"], report
     else:  # a row per measurement, or one for all
         rows = report.get("rows") or [{key: x for key, x in report.items() if key not in ("machine", "ceilings")}]
         yield "other", what, "", report | {"rows": rows, "machine": report.get("machine", {})}
@@ -78,12 +80,16 @@ def groups(folder: Path = FOLDER) -> list[Group]:
 
 
 def joined(one: Group, other: Group) -> Group:
-    """Both; of a call that both have, the later file's: times of two runs are not compared."""
-    again = {(row["case"], row["direction"]) for row in other.report["rows"] if "case" in row and "direction" in row}
-    lists = {
-        key: [row for row in value if not isinstance(row, dict) or (row.get("case"), row.get("direction")) not in again]
-        + other.report.get(key, [])
-        for key, value in one.report.items()
-        if isinstance(value, list)
-    }
+    """Both; of a call or a size that both have, the later file's: times of two runs are not compared."""
+    of = {"op": ("case", "direction"), "sweep": ("combiner", "frames"), "parts": ("combiner", "frames")}.get(one.kind)
+
+    def key(row: Any) -> tuple | None:
+        return tuple(row.get(name) for name in of) if of is not None and isinstance(row, dict) else None
+
+    again = {key(row) for name in ("rows", "steps") for row in other.report.get(name, ())} - {None}
+    lists = {}
+    for name, value in one.report.items():
+        if isinstance(value, list):
+            later = other.report.get(name, [])
+            lists[name] = [row for row in value if key(row) not in again and row not in later] + later
     return one._replace(files=tuple(dict.fromkeys(one.files + other.files)), report=one.report | lists)

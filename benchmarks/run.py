@@ -18,9 +18,9 @@ from types import ModuleType
 from typing import Any, NamedTuple, NoReturn
 
 import torch
-from tqdm import tqdm
 
 from benchmarks import against, contest, harness, tables
+from benchmarks.bar import tqdm
 from benchmarks.cases import DIRECTIONS, NAMES
 from benchmarks.peers import Peer, Problem
 from mirasol_kernels.__main__ import instruction_set
@@ -83,8 +83,10 @@ def memory(job: Job) -> dict[str, Any]:
     return job._asdict() | {"candidate": job.peer, "bytes": max(0, spent.peak - before)}
 
 
-def measure(options: argparse.Namespace, save: Callable[[dict[str, Any]], None], other: Any) -> dict[str, Any]:
-    """Every case, dtype and direction; `save` gets the report whenever it has grown."""
+def measure(
+    options: argparse.Namespace, save: Callable[[dict[str, Any]], None], other: Any, before: Any = None
+) -> dict[str, Any]:
+    """Every case, dtype and direction; `save` gets the report whenever it has grown. before: a report to go on with."""
     _, cases, known = suite(options.op)
     peers = [known[name] for name in options.peer]
     if other is not None:
@@ -100,50 +102,96 @@ def measure(options: argparse.Namespace, save: Callable[[dict[str, Any]], None],
         "against": options.against,
         "effort": effort._asdict(),
         "ceilings": harness.ceilings(options.device, seconds=0.05 if options.quick else 0.5),
+        "trying": None,
         "rows": [],
         "notes": [],
         "memory": [],
         "summary": [],
     }
+    if before is not None:
+        resume(report, before)
+        save(report)
     print(tables.introduction(report), end="\n\n", flush=True)
+    known_already = {call_of(x) for x in (*report["rows"], *report["notes"])}
     jobs = [
         (cases[name], dtype, direction)
         for dtype in options.dtype
         for name in options.case
         for direction in DIRECTIONS
         if direction in options.direction and direction in cases[name].directions
+        if (name, dtype, direction) not in known_already
     ]
     with tqdm(total=len(jobs), bar_format="{desc:<50} {percentage:3.0f}% |{bar}| {elapsed}", disable=None) as bar:
         for case, dtype, direction in jobs:
             bar.set_description(f"{case.name}, {dtype}, {NAMES[direction]}")
-            problem = Problem(
-                case, DTYPES[dtype], direction, options.device, case.inputs(DTYPES[dtype], options.device, 0)
-            )
-            with torch.set_grad_enabled(direction == "backward"):
-                try:
-                    rows, notes = contest.compete(problem, peers, report["ceilings"], effort)
-                except Exception as failure:  # ours: this call has no numbers, and the others may
-                    if not options.keep_going:
-                        raise
-                    key = {"case": case.name, "kind": case.kind, "dtype": dtype, "direction": direction}
-                    rows, notes = [], [key | {"name": "ours", "reason": contest.first_line(failure), "failed": True}]
-            del problem
+            key = {"case": case.name, "kind": case.kind, "dtype": dtype, "direction": direction}
+            report["trying"] = key  # who finds this in a file knows what the process ended in
+            save(report)
+            rows: list[dict[str, Any]] = []
+            try:
+                rows, notes = one(case, dtype, direction, options.device, peers, report["ceilings"], effort)
+            except Exception as failure:  # ours: this call has no numbers, and the others may
+                if not options.keep_going:
+                    raise
+                notes = [key | {"name": "ours", "reason": contest.first_line(failure), "failed": True}]
             report["rows"] += rows
             report["notes"] += notes
+            report["summary"] = tables.summarise(report["rows"])
+            save(report)
             bar.write(tables.block(case, rows, notes, direction, dtype), file=sys.stdout)
             sys.stdout.flush()
             if direction in case.memory and dtype == options.dtype[0]:
-                for row in rows:
-                    if row["candidate"] in known:
-                        bar.set_description(f"{case.name}: memory of {row['candidate']}")
-                        job = Job(
-                            options.op, case.name, dtype, direction, options.device, row["candidate"], options.threads
-                        )
+                for name in [row["candidate"] for row in rows if row["candidate"] in known]:
+                    bar.set_description(f"{case.name}: memory of {name}")
+                    job = Job(options.op, case.name, dtype, direction, options.device, name, options.threads)
+                    try:
                         report["memory"].append(memory(job))
-            report["summary"] = tables.summarise(report["rows"])
+                    except RuntimeError as failure:  # mostly too little of it
+                        if not options.keep_going:
+                            raise
+                        report["notes"].append(key | {"name": name, "reason": f"memory: {contest.first_line(failure)}"})
+            if broken(options.device):
+                break
+            report["trying"] = None
             save(report)
             bar.update()
     return report
+
+
+def one(
+    case: Any, dtype: str, direction: str, device: str, peers: Sequence[Peer], limits: dict[str, float], effort: Any
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows and notes of one call."""
+    problem = Problem(case, DTYPES[dtype], direction, device, case.inputs(DTYPES[dtype], device, 0))
+    with torch.set_grad_enabled(direction == "backward"):
+        return contest.compete(problem, peers, limits, effort)
+
+
+def broken(device: str) -> bool:
+    """Whether nothing runs on the GPU any more in this process, as after an access to memory that is not there."""
+    if device == "cpu":
+        return False
+    try:
+        torch.zeros(1, device=device).item()
+    except RuntimeError:
+        return True
+    return False
+
+
+def call_of(x: dict[str, Any]) -> tuple[str, str, str]:
+    return x["case"], x["dtype"], x["direction"]
+
+
+def resume(report: dict[str, Any], before: dict[str, Any]) -> None:
+    """What an earlier process measured, into the report. What it ended in is not tried again."""
+    for key in ("op", "machine", "kernels", "effort"):
+        now = json.loads(json.dumps(report[key]))
+        if before.get(key) != now:
+            raise ValueError(f"--resume: expected {key} {now!r}, got {before.get(key)!r}")
+    report |= {key: before[key] for key in ("ceilings", "rows", "notes", "memory", "summary")}
+    ended = before.get("trying")
+    if ended and not any(call_of(note) == call_of(ended) and note.get("failed") for note in report["notes"]):
+        report["notes"].append(ended | {"name": "ours", "reason": "the process ended in it", "failed": True})
 
 
 class Parser(argparse.ArgumentParser):
@@ -174,6 +222,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="small shapes, few rounds: does everything work?")
     parser.add_argument("--no-tests", dest="tests", action="store_false", help="do not run the op's tests first")
     parser.add_argument("--keep-going", action="store_true", help="when ours fails in a call, go on with the next")
+    parser.add_argument("--resume", action="store_true", help="go on with the file in --out, where a process ended")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the files (default: out)")
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -228,7 +277,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.set_num_threads(options.threads)
         if options.against:
             options.against, tree = against.checkout(options.against)
-            other = against.Other(tree, options.threads)
+            other = against.start(tree, options.threads)
     except (OSError, ValueError, RuntimeError) as error:
         print(f"run: {error}", file=sys.stderr)
         return 2
@@ -238,7 +287,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     stem = options.op + (f"-{options.isa}" if options.isa else "")
     files = [options.out / f"{stem}.json", options.out / f"{stem}.png"]
     try:
-        report = measure(options, lambda now: write(now, files[0]), other)
+        before = json.loads(files[0].read_text()) if options.resume and files[0].exists() else None
+        report = measure(options, lambda now: harness.write(now, files[0]), other, before)
+    except ValueError as error:
+        if not str(error).startswith("--resume"):
+            raise
+        print(f"run: {files[0]}: {error}", file=sys.stderr)
+        return 2
     finally:
         if other is not None:
             other.close()
@@ -247,6 +302,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     failed = [note for note in report["notes"] if note.get("failed")]
     for note in failed:
         print(f"run: {note['case']}, {note['dtype']}, {note['direction']}: {note['reason']}", file=sys.stderr)
+    if report["trying"]:
+        print("run: the GPU is broken in this process; --resume goes on in another", file=sys.stderr)
+        return 3
     return int(bool(failed))
 
 
@@ -256,10 +314,6 @@ def drawn(report: dict[str, Any], path: Path) -> str:
     from benchmarks import plot
 
     return f" and {path}" if plot.draw_ratios(report, path) else "; there is no ratio to draw"
-
-
-def write(report: dict[str, Any], path: Path) -> None:
-    path.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

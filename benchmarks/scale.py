@@ -38,10 +38,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from benchmarks import harness
+from benchmarks.flops import counted_ops
 from benchmarks.sweep import positive
 from benchmarks.whole import configure
-from mirasol_kernels import Ranks, SnippetLayout
-from mirasol_kernels.block_causal_attention.op import OP
+from mirasol_kernels import Ranks
 from mirasol_model import Mirasol, MirasolConfig
 from mirasol_model.config import PRESETS
 from mirasol_model.parallel import SnippetParallel, shard
@@ -61,46 +61,6 @@ def fake_model(config: MirasolConfig) -> Mirasol:
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, torch.empty(buffer.shape))
     return model
-
-
-@contextmanager
-def counted_attention() -> Iterator[dict[Any, Any]]:
-    """Formulas of the attention kernels' flops for FlopCounterMode: pairs that see each other, not rectangles."""
-    pairs: dict[int, tuple[int, Any]] = {}  # by the identity of a layout's tables; which are kept alive
-    tables = SnippetLayout.tables
-
-    def noted(self: SnippetLayout, device: Any = "cpu") -> Any:
-        made = tables(self, device)
-        pairs[id(made.k_ranges)] = (sum(row.seen for row in self._rows), made)
-        return made
-
-    def flops(matmuls: int, q: Tensor, v: Tensor, k_ranges: Tensor) -> int:
-        seen, _ = pairs[id(k_ranges)]
-        batch = q.shape[0] // len(k_ranges)
-        return matmuls * batch * q.shape[1] * seen * (q.shape[3] + v.shape[3])
-
-    def forward(q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, k_ranges: Tensor, *_: Any, **__: Any) -> int:
-        return flops(2, q, v, k_ranges)  # scores and values: 2 flops for each product of a pair
-
-    def backward(dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any, **_: Any) -> int:
-        return flops(5, q, v, rest[4])  # scores again, and the gradients of weights, q, k and v
-
-    def dense(q: Sequence[int], k: Sequence[int], v: Sequence[int], *_: Any, **__: Any) -> int:
-        return 2 * q[0] * q[1] * q[2] * k[2] * (q[3] + v[3])  # shapes: FlopCounterMode knows this operator on GPUs only
-
-    def dense_backward(dout: Sequence[int], *qkv: Any, **_: Any) -> int:
-        return 5 * dense(*qkv) // 2
-
-    for formula in (forward, backward):
-        formula.__dict__["_get_raw"] = True  # the tensors, not their shapes
-    native = next(b for b in OP.backends if b.name == "native").calls
-    with patch.object(SnippetLayout, "tables", noted):
-        yield {
-            native["fwd"].overloadpacket: forward,
-            native["bwd"].overloadpacket: backward,
-            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: dense,
-            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: dense_backward,
-        }
 
 
 class Live(TorchDispatchMode):
@@ -158,7 +118,7 @@ def step(config: MirasolConfig, frames: int, gpus: int) -> dict[str, Any]:
         mesh = init_device_mesh("cpu", (gpus,))
         with ExitStack() as modes:
             warnings.simplefilter("ignore")
-            mapping = modes.enter_context(counted_attention())
+            mapping = modes.enter_context(counted_ops())
             modes.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
             return _step(config, frames, mesh, mapping)
     finally:

@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
-from benchmarks import against, harness, mirasol_pytorch
+from benchmarks import harness, headline, mirasol_pytorch
+from benchmarks.bar import tqdm
+from benchmarks.contest import first_line
 from benchmarks.whole import (
     COMBINERS,
     COMPILED,
@@ -49,6 +50,7 @@ from mirasol_model.media import Clip
 BACKENDS = {"cpu": ("native", "reference"), "cuda": ("triton", "cuda", "reference")}
 TIMING_SECONDS = 4.0  # per size of clip, over all backends; at least three rounds
 EXACT_SECONDS = {"cpu": 45.0, "cuda": 5.0}  # the float64 reference is left out where it would take longer
+FAILED = "FAILED"  # how a note of --keep-going begins
 DOUBLE = {"float32": 2, "bfloat16": 16}  # times as long as in this dtype it takes, about
 
 
@@ -122,8 +124,8 @@ def measure(
         row["error"] = exact and max(harness.error(outputs[job.backend][name], exact[name]) for name in exact)
         if "reference" in timings and job.backend not in ("reference", COMPILED):
             row["speed_up"] = timings["reference"].median / timing.median
-            beyond = max(timing.median - seconds_in_ops(work, device), timing.median / 1000)
-            row["limit"] = timings["reference"].median / beyond
+            if spent := seconds_in_ops(work, device):  # 0 where a profiler is not allowed to look at the GPU
+                row["limit"] = timings["reference"].median / max(timing.median - spent, timing.median / 1000)
         rows.append(row)
     for name, other in others.items():
         row = described(jobs[0]._replace(backend=name), timings[name], other.memory(), other.parameters)
@@ -156,7 +158,7 @@ def elsewhere(
     if options.mirasol_pytorch is None or (config.combiner.kind, config.combiner.context) != ("transformer", "current"):
         yield None
         return
-    other = against.Other(harness.ROOT, torch.get_num_threads(), options.mirasol_pytorch, mirasol_pytorch.START)
+    other = mirasol_pytorch.start(options.mirasol_pytorch, torch.get_num_threads())
     try:
         built = mirasol_pytorch.settings(config, frames, *tokens_of(config))
         yield mirasol_pytorch.There(other, built, frames, len(TEXT), options.train)
@@ -200,16 +202,16 @@ def introduction(report: dict[str, Any], config: MirasolConfig) -> str:
     return "\n".join(lines)
 
 
-def sweep(
-    options: argparse.Namespace, clip: Clip, device: str, save: Callable[[dict[str, Any]], None] = lambda report: None
-) -> dict[str, Any]:
-    """Measure, and print each row when it is known. -> the report: where it was measured, rows, notes.
+SAME = ("machine", "kernels", "preset", "dtype", "train", "clip", "fps", "sound", "snippet")
 
-    save: gets it whenever it has grown.
+
+def begun(options: argparse.Namespace, clip: Clip, device: str, path: Path) -> dict[str, Any]:
+    """The report before anything is measured; with --resume, that of `path` where there is one.
+
+    Raises ValueError where that is of something else: rows of one report must be comparable.
     """
     report: dict[str, Any] = {
         "machine": harness.machine(device),
-        "ceilings": harness.ceilings(device),
         "kernels": instruction_set(),
         "preset": options.preset,
         "dtype": options.dtype,
@@ -218,38 +220,85 @@ def sweep(
         "clip": Path(options.clip).name,
         "fps": clip.fps,
         "sound": clip.audio is not None,
+        "snippet": configure(options.preset, "all", options.snippet).video.frames,
         "rows": [],
         "notes": [],
     }
-    configs = {name: configure(options.preset, name, options.snippet) for name in report["combiners"]}
-    print(introduction(report, configs[report["combiners"][0]]), HEADER, sep="\n\n", flush=True)
+    if not (options.resume and path.exists()):
+        return report | {"ceilings": harness.ceilings(device)}
+    before = json.loads(path.read_text())
+    for key in SAME:
+        now = json.loads(json.dumps(report[key]))
+        if before.get(key) != now:
+            raise ValueError(f"--resume: {path}: expected {key} {now!r}, got {before.get(key)!r}")
+    return before | {"combiners": list(dict.fromkeys(before["combiners"] + report["combiners"]))}
+
+
+def missing(report: dict[str, Any], combiner: str, frames: int, candidates: Sequence[str]) -> bool:
+    """Whether there are not rows of all of them yet; what there is of this size goes, since they take turns."""
+    mine = [row for row in report["rows"] if (row["combiner"], row["frames"]) == (combiner, frames)]
+    if set(candidates) <= {row["backend"] for row in mine}:
+        return False
+    report["rows"] = [row for row in report["rows"] if row not in mine]
+    return True
+
+
+def sweep(
+    options: argparse.Namespace,
+    report: dict[str, Any],
+    clip: Clip,
+    device: str,
+    save: Callable[[dict[str, Any]], None] = lambda report: None,
+) -> None:
+    """Measure what is not in the report yet, and print each row when it is known.
+
+    report: of `begun`. save: gets it whenever it has grown.
+    """
+    configs = {name: configure(options.preset, name, options.snippet) for name in dict.fromkeys(options.combiner)}
+    print(introduction(report, configs[options.combiner[0]]), HEADER, sep="\n\n", flush=True)
     sizes, known = sorted(set(options.frames)), len(BACKENDS[device]) + options.compile
-    total = sum(sizes) * len(report["combiners"]) * (1 + 2 * known)
+    total = sum(sizes) * len(configs) * (1 + 2 * known)
     form = "{desc:<42} {percentage:3.0f}% |{bar}| {elapsed}, {remaining} left"
     with tqdm(total=total, bar_format=form, dynamic_ncols=True, disable=None) as bar:  # on a terminal only
         for combiner, config in configs.items():
             model = build(config, device, options.dtype)
             models = model, copy.deepcopy(model).double()
-            backends, notes = serving(model, clip, combiner, options, device)
-            report["notes"] += notes
+            try:
+                backends, notes = serving(model, clip, combiner, options, device)
+            except Exception as failure:
+                if not options.keep_going:
+                    raise
+                report["notes"].append(f"{FAILED} {combiner}: {first_line(failure)}")
+                save(report)
+                continue
+            report["notes"] += [note for note in notes if note not in report["notes"]]
+            theirs = [mirasol_pytorch.NAME] * (options.mirasol_pytorch is not None and combiner == "current")
             for frames in sizes:
+                if not missing(report, combiner, frames, [*backends, *theirs]):
+                    bar.update(frames * (1 + 2 * known))
+                    continue
                 job = Job(
                     str(options.clip), options.preset, combiner, frames, "", options.train, device, options.dtype,
                     options.snippet,
                 )  # fmt: skip
-                with elsewhere(options, config, frames) as there:
-                    rows, notes = measure(clip, models, [job._replace(backend=name) for name in backends], bar, there)
+                try:
+                    with elsewhere(options, config, frames) as there:
+                        every = [job._replace(backend=name) for name in backends]
+                        rows, notes = measure(clip, models, every, bar, there)
+                except Exception as failure:  # Triton's errors have no common class
+                    if not options.keep_going:
+                        raise
+                    rows, notes = [], [f"{FAILED} {combiner}, {frames} frames: {first_line(failure)}"]
                 for row in rows:
                     bar.write(line(row), file=sys.stdout)
                 sys.stdout.flush()
                 report["rows"] += rows
-                report["notes"] += notes
+                report["notes"] += [note for note in notes if note not in report["notes"]]
                 save(report)
                 bar.update(2 * frames * (known - len(backends)))
             mine = [row for row in report["rows"] if row["combiner"] == combiner]
             counts = {row["parameters"] for row in mine if row["backend"] != mirasol_pytorch.NAME}
             assert len(counts) <= 1, f"{combiner}: the parameter count depends on the length of the clip: {counts}"
-    return report
 
 
 def positive(text: str) -> int:
@@ -279,6 +328,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="that package's model beside Combiner current, run by this Python (on a CPU)",
     )
     parser.add_argument("--train", action="store_true", help="a training step instead of a forward pass")
+    parser.add_argument("--keep-going", action="store_true", help="when a size fails, note it and go on with the next")
+    parser.add_argument(
+        "--resume", action="store_true", help="add to the sweep.json in --out what it does not have yet"
+    )
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the files (default: out)")
     options = parser.parse_args(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -290,13 +343,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not os.access(options.out, os.W_OK):
             raise PermissionError(f"{options.out}: no permission to write into this folder")
         clip = load(str(options.clip), configure(options.preset, "all", options.snippet), max(options.frames))
+        report = begun(options, clip, device, files[0])
     except (OSError, ValueError, ImportError) as error:
         print(f"sweep: {error}", file=sys.stderr)
         return 2
-    report = sweep(options, clip, device, lambda now: write(now, files[0]))
-    write(report, files[0])
+    sweep(options, report, clip, device, lambda now: harness.write(now, files[0]))
+    harness.write(report, files[0])
     for note in report["notes"]:
         print(f"note: {note}")
+    if verdicts := headline.said(report):
+        print(verdicts)
     if importlib.util.find_spec("matplotlib") is None:
         print(f"wrote {files[0]}; no picture, since matplotlib is not installed")
         return 0
@@ -305,10 +361,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plot.draw(report, files[1])
     print(f"wrote {files[0]} and {files[1]}")
     return 0
-
-
-def write(report: dict[str, Any], path: Path) -> None:
-    path.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

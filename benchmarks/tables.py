@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -11,6 +12,20 @@ from benchmarks.cases import NAMES
 from benchmarks.harness import threads
 
 Row = dict[str, Any]
+Lines = list[str]
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> Lines:
+    """left: columns of words, the rest are of numbers."""
+    rule = ["---"] * left + ["---:"] * (len(head) - left)
+    return [re.sub(r"\| +(?=\|)", "| ", f"| {' | '.join(cells)} |") for cells in (head, rule, *rows)]
+
+
+def number(x: float) -> str:
+    """Three digits, or all before the point."""
+    if x == 0 or x >= 99.95:
+        return f"{x:,.0f}"
+    return f"{x:.1f}" if x >= 9.995 else f"{x:.2f}" if x >= 0.0995 else f"{x:.2g}"
 
 
 def geometric_mean(numbers: Sequence[float]) -> float:

@@ -64,7 +64,9 @@ def tokens_of(config: MirasolConfig) -> tuple[int, int]:
 
 def build(config: MirasolConfig, device: str, dtype: str = "float32") -> Mirasol:
     torch.manual_seed(0)
-    return Mirasol(config).to(device, DTYPES[dtype]).eval()
+    with torch.device(device):  # to draw the numbers of `base` on a CPU takes as long as all else
+        model = Mirasol(config)
+    return model.to(device, DTYPES[dtype]).eval()
 
 
 def load(path: str, config: MirasolConfig, frames: int) -> Clip:

@@ -43,7 +43,7 @@ def work(tmp_path, monkeypatch):
 def check(stages: list[Stage], seconds: float, work: Path) -> dict:
     """-> what is in the file at the end."""
     report = {"machine": {"cpu": "a", "torch": "b"}, "stages": []}
-    gpu_check.check(stages, report, seconds, lambda now: gpu_check.write(now, work / "all.json"))
+    gpu_check.check(stages, report, seconds, lambda now: harness.write(now, work / "all.json"))
     found = json.loads((work / "all.json").read_text())
     assert found == json.loads(json.dumps(report))
     return found
@@ -82,13 +82,13 @@ def test_a_killed_check_leaves_its_file(tmp_path):
     code = f"""
 import sys
 from pathlib import Path
-from benchmarks import gpu_check
+from benchmarks import gpu_check, harness
 from tests.test_gpu_check import WRITER, python
 gpu_check.WORK, gpu_check.EVERY = Path({str(tmp_path)!r}), 0.1
 result = gpu_check.WORK / "result.json"
 stages = [python("one", 5, "pass"), python("two", 60, WRITER, str(result), result=result)]
 report = {{"stages": []}}
-gpu_check.check(stages, report, 60, lambda now: gpu_check.write(now, gpu_check.WORK / "all.json"))
+gpu_check.check(stages, report, 60, lambda now: harness.write(now, gpu_check.WORK / "all.json"))
 """
     process = subprocess.Popen(
         [sys.executable, "-W", "ignore", "-c", code], cwd=harness.ROOT, stdout=subprocess.DEVNULL
@@ -115,6 +115,37 @@ def test_what_is_not_here_is_a_reason(work):
     assert gpu_check.bad(failed) and gpu_check.line(failed).endswith("said so")
 
 
+ENDS = """
+import json, sys
+path, trying = sys.argv[1], "--resume" in sys.argv
+if not trying:
+    open(path, "w").write(json.dumps({"rows": [1], "notes": [], "trying": {"case": "a"}}))
+    raise SystemExit(9)
+found = json.load(open(path))
+assert found["trying"]
+open(path, "w").write(json.dumps({"rows": [1, 2], "notes": ["FAILED a"], "trying": None}))
+"""
+
+
+def test_a_stage_whose_process_ends_goes_on_in_another(work):
+    result = work / "result.json"
+    (found,) = check([python("ends", 20, ENDS, str(result), result=result)], 20, work)["stages"]
+    assert (found["status"], found["code"], found["result"]["rows"]) == ("passed", 0, [1, 2])
+    assert gpu_check.line(found).endswith("2 timings, 1 FAILED") and gpu_check.bad(found)
+    always = ENDS.replace("if not trying", "if True")  # until the time is over, and not longer
+    (found,) = check([python("ends", 2, always, str(result), result=result)], 2, work)["stages"]
+    assert found["status"] == "failed" and found["seconds"] < 4
+
+
+def test_a_step_by_parts_has_its_lines():
+    row = {"part": "text", "direction": "forward", "seconds": 1.0, "floor": 0.5, "flops": 1, "bytes": 1}
+    result = {"steps": [{"frames": 64, "combiner": "all", "rows": [row, row | {"direction": "backward"}]}]}
+    stage = {"name": "parts", "status": "passed", "seconds": 1.0, "result": result, "said": ""}
+    assert gpu_check.line(stage).endswith("2 timings") and not gpu_check.bad(stage)
+    said = gpu_check.table({"machine": {"cpu": "a", "torch": "b"}, "stages": [stage]})
+    assert "a training step of 64 frames by parts:" in said and "next: text" in said
+
+
 LOG = """
 [gw0] [  1%] PASSED tests/test_every_backend.py::test_budget[op-triton-small case-float32]
 [gw1] [  2%] FAILED tests/test_every_backend.py::test_budget[op-triton-b]
@@ -133,6 +164,8 @@ def test_outcomes_of_a_log_that_may_end_anywhere():
     assert cut == {"counts": {"passed": 1, "failed": 1}, "bad": found["bad"][:1]}
     stage = {"name": "tests", "status": "out of time", "seconds": 1.0, "result": cut, "said": ""}
     assert gpu_check.bad(stage) and gpu_check.line(stage).endswith("1 passed, 1 failed")
+    without_pytest = stage | {"result": gpu_check.outcomes("all cases\n"), "said": "all cases\n", "status": "passed"}
+    assert not gpu_check.bad(without_pytest) and gpu_check.line(without_pytest).endswith("all cases")
 
 
 @pytest.fixture
@@ -160,10 +193,43 @@ def test_commands_are_what_the_benchmarks_take(fake_gpu, monkeypatch):
 
             monkeypatch.setattr(sweep, "load", lambda *_: (_ for _ in ()).throw(ValueError("parsed")))
             assert sweep.main(stage.command[3:]) == 2
+        if "benchmarks.parts" in stage.command:
+            import benchmarks.parts as parts
+
+            monkeypatch.setattr(parts, "load", lambda *_: (_ for _ in ()).throw(ValueError("parsed")))
+            assert parts.main(stage.command[3:]) == 2
     assert ran == set(OPS)
     (build,) = (stage for stage in fake_gpu if stage.name == "build")
     assert build.environment == {"TORCH_CUDA_ARCH_LIST": "9.0a"} and "MIRASOL_LIBRARY=cuda" in build.command[2]
     assert gpu_stages.architecture((12, 0)) == "12.0"
+
+
+def test_every_shape_of_a_gpu_has_its_stage(fake_gpu):
+    ran: dict[str, set[str]] = {name: set() for name in OPS}
+    for options in (parse(stage.command[3:]) for stage in fake_gpu if "benchmarks.run" in stage.command):
+        ran[options.op] |= set(options.case)
+    for name in OPS:
+        assert ran[name] == {c.name for c in suite(name)[1].values() if "cuda" in c.devices and c.kind != "quick"}
+
+
+def test_without_pytest_and_tqdm(monkeypatch):
+    """What is most likely to be missing there: the ops' own cases are checked all the same, and everything measured."""
+    absent = ("pytest", "tqdm", "av", "matplotlib", "hypothesis", "xdist")
+    found = gpu_stages.importlib.util.find_spec
+    monkeypatch.setattr(gpu_stages.importlib.util, "find_spec", lambda name: None if name in absent else found(name))
+    stages = {stage.name: stage for stage in gpu_stages.stages("cpu")}
+    assert stages["tests"].command[1:] == ["-m", "mirasol_kernels", "--check"]
+    assert not any(stage.missing for name, stage in stages.items() if name not in ("build", *gpu_stages.SANITIZERS))
+    assert "noise" in stages["parts"].command
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    monkeypatch.delitem(sys.modules, "benchmarks.bar")
+    from benchmarks.bar import tqdm
+
+    with tqdm(total=1, bar_format="x", disable=None) as bar:
+        bar.set_description("x")
+        bar.update()
+        bar.write("seen", file=sys.stdout)
+    monkeypatch.delitem(sys.modules, "benchmarks.bar")
 
 
 def test_every_gpu_backend_of_every_op_is_tested(fake_gpu):
@@ -171,6 +237,7 @@ def test_every_gpu_backend_of_every_op_is_tested(fake_gpu):
     (stage,) = (stage for stage in fake_gpu if stage.name == "tests")
     command = [word for word in stage.command if word not in ("-v", "-n", "-p") and "=" not in word]
     files = [word for word in command if word.endswith(".py")]
+    assert files[0] == "tests/test_every_backend.py"  # where time is short, the last are cut off
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "pytest", "-m", "gpu", "--collect-only", "-q", *files],
         cwd=harness.ROOT, capture_output=True, text=True, env={**os.environ, **stage.environment},

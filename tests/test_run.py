@@ -210,20 +210,20 @@ def test_calls_find_nothing_in_a_cache(monkeypatch):
 
 def test_another_process_takes_turns():
     """Its tree is this one here: nothing to build."""
-    other = against.Other(harness.ROOT, 1)
+    other = against.start(harness.ROOT, 1)
     rows, _ = compete(PEERS["reference"], against.peer(OP, ["triton", "reference"], other))
     assert [(row["candidate"], row["ours"]) for row in rows] == [("reference", False), ("against", True)]
     assert rows[0]["errors"] == rows[1]["errors"]  # the same inputs, the same results
     _, notes = compete(against.peer(OP, ["triton"], other))
     assert [note["name"] for note in notes] == ["against"] and "triton" in notes[0]["reason"]
     with pytest.raises(RuntimeError, match="KeyError"):
-        other.ask("results", OP, ["reference"], "no such case", torch.float32, "forward", "cpu")
+        other.ask("begin", OP, ["reference"], "no such case", torch.float32, "forward", "cpu")
     other.close()
     assert other.process.returncode == 0
 
 
 def test_another_process_that_dies():
-    other = against.Other(harness.ROOT, 1)
+    other = against.start(harness.ROOT, 1)
     other.process.kill()
     with pytest.raises(RuntimeError, match="the other process ended with code -9"):
         other.ask("turn")
@@ -299,6 +299,75 @@ def test_picture(report):
         pytest.skip(next(note["reason"] for note in found["notes"] if note["name"] == "native"))
     picture = image.imread(out / f"{OP}-base.png")
     assert picture.shape[1] > 1000 and picture[..., 3].max() == 1  # drawn, on a transparent ground
+
+
+@pytest.fixture
+def quick_run(monkeypatch, tmp_path):
+    """`run` on quick shapes in this process -> code, report; memory, which takes a process each, is `test_report`'s."""
+    monkeypatch.setattr(run, "memory", lambda job: job._asdict() | {"candidate": job.peer, "bytes": 1})
+    monkeypatch.setattr(harness, "ceilings", lambda *_, **__: {"gemm float32": 1e11, "copy": 1e10})
+    monkeypatch.setattr(plot, "draw_ratios", lambda *_: False)
+
+    def go(*options):
+        command = [OP, "--quick", "--no-tests", "--dtype", "float32", "--peer", "reference", "--keep-going"]
+        code = run.main([*command, "--direction", "forward", "--out", str(tmp_path), *options])
+        return code, json.loads((tmp_path / f"{OP}.json").read_text())
+
+    return go
+
+
+def test_a_run_goes_on_after_what_it_ended_in(quick_run, monkeypatch, tmp_path, capsys):
+    cases = [case.name for case in CASES.values() if case.kind == "quick"]
+    measured = contest.compete
+
+    def killed(problem, *rest):
+        if problem.case.name == cases[1]:
+            raise KeyboardInterrupt
+        return measured(problem, *rest)
+
+    monkeypatch.setattr(contest, "compete", killed)
+    with pytest.raises(KeyboardInterrupt):
+        quick_run()
+    found = json.loads((tmp_path / f"{OP}.json").read_text())
+    assert found["trying"]["case"] == cases[1] and [row["case"] for row in found["rows"]] == cases[:1]
+    code, again = quick_run("--resume")  # it is not tried again: it would end this process too
+    assert code == 1 and again["rows"] == found["rows"] and again["trying"] is None
+    assert [(note["case"], note["reason"]) for note in again["notes"]] == [(cases[1], "the process ended in it")]
+    changed = json.loads((tmp_path / f"{OP}.json").read_text()) | {"kernels": "others"}
+    (tmp_path / f"{OP}.json").write_text(json.dumps(changed))
+    capsys.readouterr()
+    code, _ = quick_run("--resume")
+    assert code == 2 and "--resume: expected kernels" in capsys.readouterr().err
+
+
+def test_a_broken_gpu_ends_the_process_after_its_case(quick_run, monkeypatch, capsys):
+    monkeypatch.setattr(run, "broken", lambda device: True)
+    code, found = quick_run()
+    assert code == 3 and len({row["case"] for row in found["rows"]}) == 1 and found["trying"] is not None
+    assert "--resume goes on in another" in capsys.readouterr().err
+    code, again = quick_run("--resume")
+    assert code == 3 and len(again["rows"]) > len(found["rows"])
+
+
+def test_what_has_too_little_memory_is_a_note(quick_run, monkeypatch):
+    def fail(job):
+        raise torch.OutOfMemoryError("too much")
+
+    monkeypatch.setattr(run, "memory", fail)
+    code, found = quick_run()
+    assert code == 0 and found["rows"] and not found["memory"]
+    assert {note["reason"] for note in found["notes"]} == {"memory: OutOfMemoryError: too much"}
+
+
+def test_whether_a_gpu_is_broken(monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("an illegal memory access was encountered")
+
+    assert not run.broken("cpu")
+    monkeypatch.setattr(torch, "zeros", lambda *_, device: torch.ones(1))
+    assert not run.broken("cuda")
+    monkeypatch.setattr(torch, "zeros", fail)
+    assert run.broken("cuda")
 
 
 def row(case, candidate, seconds, ours=False):

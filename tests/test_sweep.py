@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import termios
+import time
 from pathlib import Path
 
 import pytest
@@ -130,6 +131,16 @@ def test_interleave_takes_turns():
     assert "".join(calls) == "abcbcacab" + "abc"
     assert all(t.rounds == 4 and t.low <= t.median <= t.high for t in timings.values())
     assert harness.interleave({"a": lambda: None}, rounds=50, warmup=0, budget=0)["a"].rounds == harness.LEAST_ROUNDS
+
+
+def test_a_clock_may_settle_first():
+    calls = []
+    assert harness.clock(lambda: calls.append(1)) >= 0 and len(calls) == 1
+    harness.clock(lambda: calls.append(1), settle=1e-9)  # however short, one untimed call
+    assert len(calls) == 3
+    assert harness.clock(lambda: time.sleep(0.02), settle=0.05) < 0.05  # of one call, not of all
+    timings = harness.interleave({"a": lambda: calls.append(2)}, rounds=3, warmup=0, settle=1e-9)
+    assert timings["a"].rounds == 3 and len(calls) == 3 + 6
 
 
 def test_summary_is_median_and_tenths():

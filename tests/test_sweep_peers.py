@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("tqdm", reason="tqdm draws the bar")
 
-from benchmarks import against, harness, mirasol_pytorch, sweep, whole
+from benchmarks import harness, mirasol_pytorch, sweep, whole
 
 # Only what is asked of it: the shapes that the real one asserts, and a loss.
 FAKE = """
@@ -77,13 +77,59 @@ def test_in_the_sweep(installed, quick, train, tmp_path):
     assert report["clip"] == "noise" and report["sound"]
 
 
+def test_a_sweep_in_pieces(quick, tmp_path, capsys):
+    def rows(*arguments):
+        assert sweep.main(["--preset", "tiny", "--clip", "noise", "--out", str(tmp_path), *arguments]) == 0
+        return json.loads((tmp_path / "sweep.json").read_text())["rows"]
+
+    first = rows("--frames", "4", "--combiner", "current")
+    more = rows("--frames", "4", "8", "--combiner", "token_learner", "current", "--resume")
+    assert more[: len(first)] == first  # not measured again
+    known = [row["backend"] for row in first]
+    pieces = [("current", 4), ("token_learner", 4), ("token_learner", 8), ("current", 8)]
+    assert [(r["combiner"], r["frames"], r["backend"]) for r in more] == [(*p, name) for p in pieces for name in known]
+    report = json.loads((tmp_path / "sweep.json").read_text())
+    assert report["combiners"] == ["current", "token_learner"]
+    report["rows"] = report["rows"][1:]  # half a size: its candidates did not take turns with these
+    (tmp_path / "sweep.json").write_text(json.dumps(report))
+    again = rows("--frames", "4", "--combiner", "current", "--resume")
+    assert len(again) == len(more) and [row["backend"] for row in again[-len(known) :]] == known
+    capsys.readouterr()
+    arguments = ["--preset", "tiny", "--clip", "noise", "--frames", "4", "--train", "--resume", "--out", str(tmp_path)]
+    assert sweep.main(arguments) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and said.err.startswith("sweep: --resume: ") and "expected train True, got False" in said.err
+    assert len(rows("--frames", "4")) == len(known)  # anew without --resume
+
+
 def test_what_goes_wrong_there_is_said_here(installed):
-    other = against.Other(harness.ROOT, 1, sys.executable, mirasol_pytorch.START)
+    other = mirasol_pytorch.start(sys.executable, 1)
     try:
         with pytest.raises(RuntimeError, match="KeyError: 'audio_time_dim_per_timechunk'"):
             mirasol_pytorch.There(other, {}, 8, 5, False)
     finally:
         other.close()
+
+
+def test_a_size_that_fails_is_a_note(quick, monkeypatch, tmp_path):
+    measured = sweep.measure
+
+    def fails(clip, models, jobs, *rest):
+        if jobs[0].frames == 4:
+            raise RuntimeError("CUDA error: an illegal memory access")
+        return measured(clip, models, jobs, *rest)
+
+    monkeypatch.setattr(sweep, "measure", fails)
+    arguments = ["--preset", "tiny", "--clip", "noise", "--frames", "4", "8", "--out", str(tmp_path)]
+    with pytest.raises(RuntimeError, match="illegal"):
+        sweep.main(arguments)
+    assert sweep.main([*arguments, "--keep-going"]) == 0
+    report = json.loads((tmp_path / "sweep.json").read_text())
+    assert {row["frames"] for row in report["rows"]} == {8}
+    assert report["notes"] == ["FAILED all, 4 frames: RuntimeError: CUDA error: an illegal memory access"]
+    monkeypatch.setattr(sweep, "serving", lambda *_: (_ for _ in ()).throw(Exception("no kernel")))
+    assert sweep.main([*arguments, "--keep-going"]) == 0
+    assert json.loads((tmp_path / "sweep.json").read_text())["notes"] == ["FAILED all: Exception: no kernel"]
 
 
 def test_the_compiled_reference(quick, monkeypatch, tmp_path):

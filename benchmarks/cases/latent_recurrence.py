@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.cases import DIRECTIONS, Truth
+from benchmarks.flops import DENSE
 from mirasol_kernels.latent_recurrence import TokenTuringParameters, latent_recurrence, token_turing_recurrence
 from mirasol_kernels.latent_recurrence.reference import unit
 
@@ -155,7 +156,7 @@ def step_flops(case: Case) -> int:
     with torch.no_grad():
         weights = [torch.zeros(1).expand(w.shape) for w in case.weights(torch.Generator().manual_seed(0))]
         state, x = torch.zeros(1, case.slots, case.c), torch.zeros(1, case.n, case.c)
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False, custom_mapping=DENSE) as counter:
             case.step(weights)(state, x)
     return counter.get_total_flops()
 
