@@ -48,7 +48,9 @@ def kinds(what: str, stage: str, report: Report) -> Iterator[tuple[str, str, str
         for dtype in dict.fromkeys(row["dtype"] for row in report["rows"]):
             mine = {key: [x for x in report[key] if x["dtype"] == dtype] for key in ("rows", "notes", "memory")}
             # What ran in different stages was not interleaved: it is not compared.
-            yield "op", report["op"] + (f", {stage}" if stage else ""), dtype, report | mine
+            # Nor is what ran with fewer instructions than the machine has.
+            forced = report.get("forced", {}).get("MIRASOL_ISA")
+            yield "op", ", ".join(filter(None, (report["op"], stage, forced))), dtype, report | mine
     elif "train" in report:
         task = "training step" if report["train"] else "forward pass"
         snippet = next((row["snippet"] for row in report["rows"] if "snippet" in row), 8)

@@ -9,8 +9,14 @@ namespace mirasol::MIRASOL_ISA {
 
 using attention::Backward;
 
-constexpr int64_t CHUNK = 512;     // keys of an item: k, v, dk and dv of it stay in a second-level cache
 constexpr int BACKWARD_KEYS = 96;  // keys of a step
+
+// Keys of an item, whose dk and dv stay in a second-level cache.  Twice as many, each tile's rows are packed and its dq
+// added half as often (3 to 4 % of the time, NOTES 2026-11-28), where that leaves items enough.
+static int64_t chunk_of(const Shape& shape) {
+  const int64_t few = 512, many = 2 * few, items = shape.batch * shape.kv_heads * ((shape.k_len + many - 1) / many);
+  return items >= attention::PARALLEL / 2 && shape.dim + shape.value_dim <= 256 ? many : few;
+}
 
 struct Chunk {
   int64_t index, batch, kv_head, key, end;
@@ -21,7 +27,7 @@ struct Buffers {
   float *q, *dout;             // (TILE, padded dim): rows as vectors
   float *p, *ds, *ds_terms;    // (BACKWARD_KEYS, TILE)
   float *k, *v, *k_terms;      // (BACKWARD_KEYS, padded dim): what is not read where it lies
-  float *dk, *dv;              // (CHUNK, padded dim)
+  float *dk, *dv;              // (keys of a chunk, padded dim)
   float* few_q;                // (FEW, padded dim), where lanes are few
 };
 
@@ -40,7 +46,7 @@ static Buffers buffers(const Shape& shape, float* at, int64_t* size) {
   b.ds_terms = shape.pairs ? take(BACKWARD_KEYS / 2, TILE) : b.ds;
   b.k = take(BACKWARD_KEYS, dim), b.v = take(BACKWARD_KEYS, value_dim);
   b.k_terms = shape.pairs ? take(BACKWARD_KEYS / 2, dim) : b.k;
-  b.dk = take(CHUNK, dim), b.dv = take(CHUNK, value_dim);
+  b.dk = take(chunk_of(shape), dim), b.dv = take(chunk_of(shape), value_dim);
   b.few_q = few_lanes(shape) ? take(FEW, dim) : nullptr;
   *size = at - start;
   return b;
@@ -73,7 +79,7 @@ static void softmax_backward(int keys, const Span& s, const Rows& rows, float fa
     const Vec lse = load(rows.lse + lane), lse_low = load(rows.lse_low + lane), delta = load(rows.delta + lane);
     const auto weigh = [&](int key) {  // -> dS
       float *const p = b.p + key * TILE, *const ds = b.ds + key * TILE;
-      Vec x = exp(fma(load(p + lane), scale, -lse) - lse_low);
+      Vec x = exp_of_weight<PAIRS>(fma(load(p + lane), scale, -lse) - lse_low);
       if (s.masked) x = keep(s.mask[v], x);
       Vec dx = x * (load(ds + lane) - delta);
       if (s.masked) dx = keep(s.mask[v], dx);
@@ -141,7 +147,7 @@ static void add_dq(const Backward& g, const Chunk& chunk, const Tile& t, const f
   const Shape& shape = g.shape;
   int64_t first, last;
   seen_between(g, t, 0, chunk.key, &first, &last);
-  const int64_t before = first > last ? -1 : last / CHUNK;
+  const int64_t before = first > last ? -1 : last / chunk_of(shape);
   seen_between(g, t, chunk.end, shape.k_len, &first, &last);
   const bool is_last = first > last;
   int32_t* turn = g.turns + (t.batch * shape.q_heads + t.head) * attention::tiles(shape.q_len) + t.row / TILE;
@@ -264,7 +270,8 @@ static void backward_rows(const Backward& g, const Tile& t) {
 }
 
 int64_t attention_backward_items(const Shape& shape) {
-  return shape.batch * shape.kv_heads * ((shape.k_len + CHUNK - 1) / CHUNK);
+  const int64_t chunk = chunk_of(shape);
+  return shape.batch * shape.kv_heads * ((shape.k_len + chunk - 1) / chunk);
 }
 
 int64_t attention_backward_workspace(const Shape& shape) {
@@ -282,12 +289,12 @@ void attention_backward_rows(const Backward& g, int64_t begin, int64_t end) {
 void attention_backward(const Backward& g, float* workspace, int64_t begin, int64_t end) {
   int64_t size;
   const Buffers b = buffers(g.shape, workspace, &size);
-  const int64_t heads = g.shape.batch * g.shape.kv_heads;
+  const int64_t heads = g.shape.batch * g.shape.kv_heads, chunk = chunk_of(g.shape);
   for_dtype(g.shape, [&](auto type, auto pairs) {
     for (int64_t item = begin; item < end; ++item) {  // early keys first: in a causal layout more rows see them
       const int64_t index = item / heads, batch = item % heads / g.shape.kv_heads;
-      const int64_t last = (index + 1) * CHUNK < g.shape.k_len ? (index + 1) * CHUNK : g.shape.k_len;
-      backward_chunk<pairs, decltype(type)>(g, {index, batch, item % g.shape.kv_heads, index * CHUNK, last}, b);
+      const int64_t last = (index + 1) * chunk < g.shape.k_len ? (index + 1) * chunk : g.shape.k_len;
+      backward_chunk<pairs, decltype(type)>(g, {index, batch, item % g.shape.kv_heads, index * chunk, last}, b);
     }
   });
 }

@@ -53,7 +53,7 @@ static void weights(const Placed& x, int v, float factor, const Scores& scores, 
   float* s = scores.at(x.slot, v);
   Vec total{};
   const auto weight = [&](int key, bool masked) {
-    Vec p = exp(fma(load(s + key * WIDTH), scale, -base));
+    Vec p = exp_of_weight<PAIRS>(fma(load(s + key * WIDTH), scale, -base));
     if (masked) p = keep(mask, p);
     total += p;
     return p;

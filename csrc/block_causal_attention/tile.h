@@ -217,6 +217,12 @@ static inline void gather(int keys, const Span& s, const Scores& p, const Factor
                .c_n = WIDTH, .c_v = WIDTH * dim, .add = true, .mask = s.masked ? s.mask : nullptr});
 }
 
+// e^x of a weight on its way to a product.
+template <bool PAIRS>
+static inline Vec exp_of_weight(Vec x) {
+  return PAIRS ? exp_for_bfloat16(x) : exp(x);
+}
+
 // Kernels are written once and compiled for each dtype: call(T{}, pairs).
 template <class Call>
 static inline void for_dtype(const Shape& shape, Call call) {

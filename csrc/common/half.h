@@ -92,10 +92,39 @@ static inline void store_part(bfloat16* p, Vec x, int n) { store_halves(p, from_
 static inline void store_part(float16* p, Vec x, int n) { store_halves(p, from_float(float16{}, x), n); }
 
 // Two bfloat16 in each lane, the first in the lower half: a Vec of bits, not of floats.
+#if defined(__AVX512BF16__)
+static inline Vec interleave(__m512i halves) {  // the lower 16 of them and the upper 16
+  const Words lane{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return (Vec)_mm512_permutexvar_epi16((__m512i)(lane * 0x10001u + 0x100000u), halves);
+}
+static inline Vec pair(Vec first, Vec second) {
+  return interleave((__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first));
+}
+static inline Vec pair(Halves first, Halves second) {
+  return interleave(_mm512_inserti64x4(_mm512_castsi256_si512((__m256i)first), (__m256i)second, 1));
+}
+#else
 static inline Vec pair(Vec first, Vec second) {
   return (Vec)((round_bfloat16(first) >> 16) | (round_bfloat16(second) & 0xffff0000u));
 }
 static inline Vec pair(Halves first, Halves second) { return (Vec)(widen(first) | (widen(second) << 16)); }
+#endif
+
+// e^x of what becomes a bfloat16, for x <= 88: within (1 + |x| / 4) ulp of float.  AVX-512 takes x / ln 2 apart, and
+// puts 2^r and the power of two together, in an instruction each; 2^r, 0 <= r < 1, by a polynomial within 9e-8.
+static inline Vec exp_for_bfloat16(Vec x) {
+#if defined(__AVX512DQ__)
+  const Vec y = x * broadcast(1.44269504f), r = (Vec)_mm512_reduce_ps((__m512)y, _MM_FROUND_TO_NEG_INF);
+  Vec p = fma(r, broadcast(0.00186713017f), broadcast(0.00901702978f));
+  p = fma(p, r, broadcast(0.0557999127f));
+  p = fma(p, r, broadcast(0.240164444f));
+  p = fma(p, r, broadcast(0.693151295f));
+  p = fma(p, r, broadcast(1.0f));
+  return (Vec)_mm512_scalef_ps((__m512)p, (__m512)y);
+#else
+  return exp(x);
+#endif
+}
 
 template <bool PAIRS>
 static inline void negate(float* x, int64_t n) {  // floats or pairs
