@@ -166,6 +166,7 @@ static void prepare_w1(const Call& call, int64_t h) {
       x[i] = load_part(w1 + (h + i) * call.c + c, n);
       moved[i] = fma(x[i], beta, moved[i]);
       x[i] *= gamma;
+      if constexpr (PAIRS) x[i] = (Vec)(round_bfloat16(x[i]) & 0xffff0000u);  // level: of what products see
       level[i] += x[i];
     }
     store_terms<PAIRS>(x, rows, p.w1_rows + c * terms<PAIRS>(call.h) + terms<PAIRS>(h) * WIDTH);
@@ -205,7 +206,7 @@ void token_learner_prepare(const Call& call, int64_t begin, int64_t end) {
 }
 
 struct Tokens {  // of a tile
-  float* x;                 // (rows, row), zeros from c to the next whole vector
+  float* x;                 // (rows, row), zeros from c to the next whole vector; or (rows / 2, row) pairs of tokens
   float *mean, *inverse;    // (rows): (x - mean) inverse is normalised
   float* block;             // (rows, BLOCK_ROW): of some channels, as a product wants them
 };
@@ -217,7 +218,7 @@ static Tokens tokens(const Sizes& size, Space& space) {
 
 // Two rows of a tile at a time: while the sum of one is on its way, the other has work to do.
 template <class T>
-static void fetch(const Call& call, const Tile& tile, const Sizes& size, const Tokens& to) {
+static void fetch_floats(const Call& call, const Tile& tile, const Sizes& size, const Tokens& to) {
   const Source& source = call.sources[tile.source];
   const T* const x = static_cast<const T*>(source.data) + tile.batch * source.batch + tile.token * source.row;
   const T* const table = source.table ? static_cast<const T*>(source.table) + tile.token * call.c : nullptr;
@@ -262,16 +263,84 @@ static void fetch(const Call& call, const Tile& tile, const Sizes& size, const T
   }
 }
 
+struct Raw {  // tokens of bfloat16 where they lie
+  const bfloat16* x;
+  int64_t row;
+  const Element* pairs() const { return reinterpret_cast<const Element*>(x); }  // of channels; rows are row / 2 apart
+};
+
+// Tokens as pairs of tokens, for sums over them, and their statistics.  As pairs of channels, for sums over these, they
+// lie in memory already, unless a table is added: the sum is rounded, as the definition in bfloat16 has it.
+static Raw fetch_pairs(const Call& call, const Tile& tile, const Sizes& size, const Tokens& to) {
+  const Source& source = call.sources[tile.source];
+  Raw raw{static_cast<const bfloat16*>(source.data) + tile.batch * source.batch + tile.token * source.row, source.row};
+  if (source.table || raw.row % 2) {
+    bfloat16* const copy = reinterpret_cast<bfloat16*>(to.x + size.rows / 2 * size.row);
+    const bfloat16* const table =
+        source.table ? static_cast<const bfloat16*>(source.table) + tile.token * call.c : nullptr;
+    for (int r = 0; r < tile.real; ++r)
+      for (int64_t c = 0; c < call.c; c += WIDTH) {
+        const int n = least(WIDTH, call.c - c);
+        Vec x = load_part(raw.x + r * raw.row + c, n);
+        if (table) x += load_part(table + r * call.c + c, n);
+        store_part(copy + r * size.row + c, x, n);
+      }
+    raw = {copy, size.row};
+  }
+  const int64_t terms = call.c / 2, whole = terms / WIDTH * WIDTH;
+  const Bits rest = lanes_between(0, int(terms - whole));
+  const Vec ones = (Vec)(Words{} + 0x3f803f80u);
+  constexpr int SUMS = 4;
+  // The mean over channels of what add(pairs, Vec{}) gives; add(pairs, sum) adds it to a sum.
+  const auto average = [&](const Element* x, auto add) {
+    Vec sums[SUMS] = {};
+    int64_t c = 0;
+    for (; c + SUMS * WIDTH <= whole; c += SUMS * WIDTH)
+#pragma GCC unroll 4
+      for (int i = 0; i < SUMS; ++i) sums[i] = add(load(x + c + i * WIDTH), sums[i]);
+    for (; c < whole; c += WIDTH) sums[0] = add(load(x + c), sums[0]);
+    if (whole < terms) sums[1] += keep(rest, add(load_part(x + whole, int(terms - whole)), Vec{}));
+    return sum((sums[0] + sums[1]) + (sums[2] + sums[3])) / float(call.c);
+  };
+  const auto mean = [&](int r) {
+    to.mean[r] = average(raw.pairs() + r * raw.row / 2, [&](Vec x, Vec sum) { return dot(x, ones, sum); });
+  };
+  const auto inverse = [&](int r) {
+    const float mean = to.mean[r];
+    const float variance = average(raw.pairs() + r * raw.row / 2, [&](Vec x, Vec sum) {
+      const Vec first = (Vec)((Words)x << 16) - mean, second = (Vec)((Words)x & 0xffff0000u) - mean;
+      return fma(second, second, fma(first, first, sum));
+    });
+    to.inverse[r] = 1 / __builtin_sqrtf(variance + call.eps);
+  };
+  for (int r = 0; r < tile.real; r += 2) {
+    const bool both = r + 1 < tile.real;
+    mean(r);
+    if (both) mean(r + 1);
+    const bfloat16* const x = raw.x + r * raw.row;
+    float* const pairs = to.x + r / 2 * size.row;
+    const auto interleave = [&](int64_t c, int n) {
+      store(pairs + c, pair(load_halves(x + c, n), both ? load_halves(x + raw.row + c, n) : Halves{}));
+    };
+    int64_t c = 0;
+    for (; c + WIDTH <= call.c; c += WIDTH) interleave(c, WIDTH);
+    if (c < call.c) interleave(c, int(call.c - c));
+    inverse(r);
+    if (both) inverse(r + 1);
+  }
+  return raw;
+}
+
+template <class T, bool PAIRS>
+static inline Raw fetch(const Call& call, const Tile& tile, const Sizes& size, const Tokens& to) {
+  if constexpr (PAIRS) return fetch_pairs(call, tile, size, to);
+  fetch_floats<T>(call, tile, size, to);
+  return {};
+}
+
 // Normalised channels [c, c + WIDTH) of a token.
 static inline Vec normalised(const Sizes& size, const Tokens& t, int token, int64_t c) {
   return (load(t.x + token * size.row + c) - t.mean[token]) * t.inverse[token];
-}
-
-// Rows (rows, row) of floats, `columns` of them: as rows of bfloat16.  From and to may be the same.
-static inline void narrow_rows(const float* from, int rows, int64_t row, int64_t columns, float* to) {
-  for (int r = 0; r < rows; ++r)
-    for (int64_t c = 0; c < columns; c += WIDTH)
-      store_part(reinterpret_cast<bfloat16*>(to + r * row) + c, load(from + r * row + c), WIDTH);
 }
 
 // Rows of floats 2 i and 2 i + 1 as pairs in row i, in place.
@@ -284,12 +353,12 @@ static inline void pair_rows(float* x, int rows, int64_t row, int64_t columns) {
 // to (n, m) = A (n, terms) B, with B in panels (m / WIDTH, terms, WIDTH), `depth` terms at a time; with PAIRS terms are
 // pairs, of both.
 template <bool PAIRS>
-static inline void product(int n, int64_t terms, int64_t depth, const float* a, int64_t a_row, const float* panels,
-                           int64_t m, float* to, int64_t to_row, bool add = false) {
+static inline void product(int n, int64_t terms, int64_t depth, const Element* a, int64_t a_row, const float* panels,
+                           int64_t m, float* to, int64_t to_row) {
   for (int64_t t = 0; t < terms; t += depth)
     gemm<PAIRS>({.vectors = int(m / WIDTH), .n = n, .k = least(depth, terms - t), .a = panels + t * WIDTH, .a_k = WIDTH,
                  .a_v = terms * WIDTH, .b = a + t, .b_n = a_row, .b_k = 1, .c = to, .c_n = to_row, .c_v = WIDTH,
-                 .add = add || t > 0});
+                 .add = t > 0});
 }
 
 // to (rows, m) = X B over the channels, with B in panels (m / WIDTH, terms of c, WIDTH); value(row, c): a vector of X.
@@ -329,17 +398,23 @@ static inline void gather(int tokens, int64_t n, const float* a, int64_t a_row, 
 }
 
 // hidden (rows, h), logits (rows, k) without b2; if asked for, slopes of the GELU, and z (rows, h) without b1.
+// Pairs are of raw tokens, normalised afterwards: with w = w1 norm_weight, w (x - mean) inverse = (w x - mean sum(w))
+// inverse.  A mean cancels there in float, from products of bfloat16 that are exact.
 template <bool PAIRS>
-static void logits(const Call& call, const Sizes& size, const Prepared& p, int rows, const Tokens& x, float* hidden,
-                   float* slope, float* z, float* to) {
-  product_of_channels<PAIRS>(call, rows, [&](int r, int64_t c) { return normalised(size, x, r, c); }, x.block,
-                             p.w1_terms, size.h, hidden);
+static void logits(const Call& call, const Sizes& size, const Prepared& p, int rows, const Tokens& x, const Raw& raw,
+                   float* hidden, float* slope, float* z, float* to) {
+  if constexpr (PAIRS)
+    product<PAIRS>(rows, call.c / 2, depth_of(call.c / 2), raw.pairs(), raw.row / 2, p.w1_terms, size.h, hidden, size.h);
+  else
+    product_of_channels<PAIRS>(call, rows, [&](int r, int64_t c) { return normalised(size, x, r, c); }, x.block,
+                               p.w1_terms, size.h, hidden);
   const auto each = [&](auto gelu) {
     for (int64_t h = 0; h < size.h; h += WIDTH) {
-      const Vec bias = load(p.b1 + h);
-      for (int64_t at = h; at < rows * size.h; at += size.h) {
-        Vec rise{};
-        const Vec sum = load(hidden + at);
+      const Vec bias = load(p.b1 + h), level = load(p.w1_mean + h) * float(call.c);
+      for (int r = 0; r < rows; ++r) {
+        const int64_t at = r * size.h + h;
+        Vec rise{}, sum = load(hidden + at);
+        if constexpr (PAIRS) sum = fma(level, broadcast(-x.mean[r]), sum) * x.inverse[r];
         store(hidden + at, gelu(sum + bias, slope ? &rise : nullptr));
         if (slope) store(slope + at, rise), store(z + at, sum);
       }
