@@ -55,7 +55,8 @@ struct BackwardSpace {
   Tokens tokens;
   float *hidden, *slope, *z, *dz;  // (rows, h); z without b1
   float *weights, *ds;             // (rows, k)
-  float* dx;                       // (rows, row)
+  float* dx;                       // (rows, MAX_VECTORS WIDTH): of some channels
+  float *lift, *slopes;            // (rows): what the norm takes away, of a token
   float* dpooled_terms;            // (k / WIDTH, c, WIDTH), for the sum over channels
   float* both;                     // (rows, h + k): what the two products that end in a token sum over, side by side:
                                    // dz inverse, weights
@@ -73,7 +74,8 @@ static BackwardSpace backward_space(const Call& call, float* at, int64_t* floats
   s.hidden = space.take(size.rows * size.h), s.slope = space.take(size.rows * size.h);
   s.z = space.take(size.rows * size.h), s.dz = space.take(size.rows * size.h);
   s.weights = space.take(size.rows * size.k), s.ds = space.take(size.rows * size.k);
-  s.dx = space.take(size.rows * size.row);
+  s.dx = space.take(size.rows * MAX_VECTORS * WIDTH);
+  s.lift = space.take(size.rows), s.slopes = space.take(size.rows);
   s.dpooled_terms = space.take(size.k * call.c);
   s.both = space.take(size.rows * (size.h + size.k)), s.both_rows = space.take(size.c * (call.h + call.k + 2));
   s.base = space.take(size.k), s.share = space.take(size.k), s.dsum = space.take(size.k);
@@ -108,6 +110,11 @@ static void bring(const Backward& g, const Sizes& size, int64_t batch, const Bac
     }
     for (int64_t c = 0; c < call.c; c += WIDTH) {
       const int n = least(WIDTH, call.c - c);
+      for (int i = 0; i < rows; ++i) {  // too many streams for the chip to foresee
+        const int64_t ahead = (first + i) * call.c + c + 4 * WIDTH;
+        __builtin_prefetch(g.dpooled + ahead);
+        if (call.divide) __builtin_prefetch(g.pooled + ahead);
+      }
       Vec x[WIDTH] = {};
       for (int i = 0; i < rows; ++i) x[i] = load_part(g.dpooled + (first + i) * call.c + c, n);
       store_terms<PAIRS>(x, rows, panels + c * terms_of_both<PAIRS>(call) + terms<PAIRS>(k) * WIDTH);
@@ -142,10 +149,9 @@ static void softmax_backward(const Sizes& size, const Prepared& p, int rows, con
 
 // Of LayerNorm: with d the gradient of a normalised token, dx = inverse (d - mean(d) - normalised mean(d normalised)).
 // Both means are known before d is, which is linear in dz: mean(d) = dz . w1_mean, mean(d normalised) = dz . z / c.
-// So d inverse and the sum of p dpooled are one product, dx, which leaves this to be taken away, in one pass.
-template <class T, bool PAIRS>
-static void normalise_backward(const Call& call, const Sizes& size, const Prepared& p, int rows, const BackwardSpace& s,
-                               const Raw& raw, const float* dx, int64_t dx_row, T* to) {
+// So what is taken away is lift + slope (x - mean), and d inverse and the sum of p dpooled are one product.
+static void normalise_backward(const Call& call, const Sizes& size, const Prepared& p, int rows,
+                               const BackwardSpace& s) {
   for (int first = 0; first < rows; first += WIDTH) {
     const int some = least(WIDTH, rows - first);
     Vec levels[WIDTH] = {}, alongs[WIDTH] = {};
@@ -155,19 +161,33 @@ static void normalise_backward(const Call& call, const Sizes& size, const Prepar
         levels[i] = fma(dz, load(p.w1_mean + h), levels[i]);
         alongs[i] = fma(dz, load(s.z + at + h), alongs[i]);
       }
-    const Vec level = sums(levels), along = sums(alongs) / float(call.c);
-    for (int i = 0; i < some; ++i) {
-      const float inverse = s.tokens.inverse[first + i], mean = s.tokens.mean[first + i];
-      const Vec lift = broadcast(-inverse * level[i]), slope = broadcast(-inverse * inverse * along[i]);
+    const Vec inverse = -load(s.tokens.inverse + first);
+    store(s.lift + first, inverse * sums(levels));
+    store(s.slopes + first, -inverse * inverse * (sums(alongs) / float(call.c)));
+  }
+}
+
+// The product, some channels of all tokens at a time, which are finished while they are near.
+template <class T, bool PAIRS>
+static void gradients_of_tokens(const Call& call, const Sizes& size, int rows, const BackwardSpace& s, const Raw& raw,
+                                T* to) {
+  const int64_t both = terms_of_both<PAIRS>(call);
+  constexpr int64_t CHANNELS = MAX_VECTORS * WIDTH;
+  for (int64_t begin = 0; begin < call.c; begin += CHANNELS) {
+    const int64_t end = least(begin + CHANNELS, size.c);
+    product<PAIRS>(rows, both, both, s.both, size.h + size.k, s.both_rows + begin * both, end - begin, s.dx, CHANNELS);
+    for (int r = 0; r < rows; ++r) {
+      const float mean = s.tokens.mean[r];
+      const Vec lift = broadcast(s.lift[r]), slope = broadcast(s.slopes[r]);
       const auto finish = [&](int64_t c, int n) {
         Vec x;
-        if constexpr (PAIRS) x = load_part(raw.x + (first + i) * raw.row + c, n);
-        else x = load(s.tokens.x + (first + i) * size.row + c);
-        store_part(to + (first + i) * call.c + c, load(dx + (first + i) * dx_row + c) + fma(x - mean, slope, lift), n);
+        if constexpr (PAIRS) x = load_part(raw.x + r * raw.row + c, n);
+        else x = load(s.tokens.x + r * size.row + c);
+        store_part(to + r * call.c + c, load(s.dx + r * CHANNELS + c - begin) + fma(x - mean, slope, lift), n);
       };
-      int64_t c = 0;
-      for (; c + WIDTH <= call.c; c += WIDTH) finish(c, WIDTH);
-      if (c < call.c) finish(c, int(call.c - c));
+      int64_t c = begin;
+      for (; c + WIDTH <= end && c + WIDTH <= call.c; c += WIDTH) finish(c, WIDTH);
+      if (c < end) finish(c, int(call.c - c));
     }
   }
 }
@@ -228,14 +248,9 @@ static void backward_tile(const Backward& g, const Sizes& size, const Prepared& 
       store(sum.b1 + h, load(sum.b1 + h) + total);
     }
     gather<false>(rows, call.k, s.ds, size.k, s.hidden, size.h, size.h, sum.w2, size.h, !first);
-    float* dx = s.dx;
-    int64_t dx_row = size.row;
-    if constexpr (sizeof(T) == sizeof(float))
-      if (call.c == size.c) dx = to, dx_row = call.c;
     side_by_side<PAIRS>(call, size, rows, s);
-    const int64_t both = terms_of_both<PAIRS>(call);
-    product<PAIRS>(rows, both, both, s.both, size.h + size.k, s.both_rows, size.c, dx, dx_row);
-    normalise_backward<T, PAIRS>(call, size, p, rows, s, raw, dx, dx_row, to);
+    normalise_backward(call, size, p, rows, s);
+    gradients_of_tokens<T, PAIRS>(call, size, rows, s, raw, to);
     if constexpr (PAIRS) {
       pair_dz(size, rows, s);
       gather<PAIRS>(rows, call.h, s.dz, size.h, s.tokens.x, size.row, size.c, sum.w1, size.row, !first);

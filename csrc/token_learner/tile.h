@@ -15,6 +15,7 @@ using token_learner::Call;
 using token_learner::Source;
 
 constexpr int64_t TILE_BYTES = 208 << 10;  // beside weights and sums a tile stays in a second-level cache
+constexpr int AHEAD = 4;                   // rows of a tile that are on their way from memory
 constexpr int64_t DEPTH = 128;             // terms of a product at a time: its panels stay in a first-level cache
 constexpr int64_t BLOCK_ROW = DEPTH + 16;  // an odd number of cache lines, as is Sizes::row
 
@@ -287,46 +288,59 @@ static Raw fetch_pairs(const Call& call, const Tile& tile, const Sizes& size, co
       }
     raw = {copy, size.row};
   }
+  const auto words = [&](int r) { return raw.pairs() + r * raw.row / 2; };
   const int64_t terms = call.c / 2, whole = terms / WIDTH * WIDTH;
-  const Bits rest = lanes_between(0, int(terms - whole));
   const Vec ones = (Vec)(Words{} + 0x3f803f80u);
-  constexpr int SUMS = 4;
-  // The mean over channels of what add(pairs, Vec{}) gives; add(pairs, sum) adds it to a sum.
-  const auto average = [&](const Element* x, auto add) {
-    Vec sums[SUMS] = {};
-    int64_t c = 0;
-    for (; c + SUMS * WIDTH <= whole; c += SUMS * WIDTH)
-#pragma GCC unroll 4
-      for (int i = 0; i < SUMS; ++i) sums[i] = add(load(x + c + i * WIDTH), sums[i]);
-    for (; c < whole; c += WIDTH) sums[0] = add(load(x + c), sums[0]);
-    if (whole < terms) sums[1] += keep(rest, add(load_part(x + whole, int(terms - whole)), Vec{}));
-    return sum((sums[0] + sums[1]) + (sums[2] + sums[3])) / float(call.c);
+  struct Moments {
+    Vec level[2], square[2];  // sums of x and of x x, which are exact in float, in two chains
+    void add(int i, Vec x, Vec ones) { level[i] = dot(x, ones, level[i]), square[i] = dot(x, x, square[i]); }
   };
-  const auto mean = [&](int r) {
-    to.mean[r] = average(raw.pairs() + r * raw.row / 2, [&](Vec x, Vec sum) { return dot(x, ones, sum); });
-  };
-  const auto inverse = [&](int r) {
-    const float mean = to.mean[r];
-    const float variance = average(raw.pairs() + r * raw.row / 2, [&](Vec x, Vec sum) {
-      const Vec first = (Vec)((Words)x << 16) - mean, second = (Vec)((Words)x & 0xffff0000u) - mean;
-      return fma(second, second, fma(first, first, sum));
-    });
-    to.inverse[r] = 1 / __builtin_sqrtf(variance + call.eps);
+  const auto statistics = [&](int r, const Moments& m) {
+    const float mean = sum(m.level[0] + m.level[1]) / float(call.c);
+    float variance = sum(m.square[0] + m.square[1]) / float(call.c) - mean * mean;
+    if (!(variance * 64 > mean * mean)) {  // they cancel: again, from deviations
+      Vec total{};
+      for (int64_t t = 0; t < terms; t += WIDTH) {
+        const int n = least(WIDTH, terms - t);
+        const Vec x = load_part(words(r) + t, n), first = (Vec)((Words)x << 16) - mean;
+        const Vec second = (Vec)((Words)x & 0xffff0000u) - mean;
+        total += keep(lanes_between(0, n), fma(second, second, first * first));
+      }
+      variance = sum(total) / float(call.c);
+    }
+    to.mean[r] = mean, to.inverse[r] = 1 / __builtin_sqrtf(variance + call.eps);
   };
   for (int r = 0; r < tile.real; r += 2) {
+    for (int64_t ahead = r + AHEAD; ahead < r + AHEAD + 2; ++ahead)
+      for (int64_t c = 0; c < call.c; c += 32) __builtin_prefetch(raw.x + ahead * raw.row + c);
     const bool both = r + 1 < tile.real;
-    mean(r);
-    if (both) mean(r + 1);
-    const bfloat16* const x = raw.x + r * raw.row;
+    const Element *const x = words(r), *const y = both ? words(r + 1) : x;
     float* const pairs = to.x + r / 2 * size.row;
-    const auto interleave = [&](int64_t c, int n) {
-      store(pairs + c, pair(load_halves(x + c, n), both ? load_halves(x + raw.row + c, n) : Halves{}));
+    Moments m[2] = {};
+    const auto add = [&](int i, Vec a, Vec b) { m[0].add(i, a, ones), m[1].add(i, b, ones); };
+    const auto each = [&](auto both) {
+      const auto partner = [&](Vec b) { return both ? b : Vec{}; };
+      int64_t t = 0;
+      for (; t + WIDTH < whole; t += 2 * WIDTH)
+#pragma GCC unroll 2
+        for (int i = 0; i < 2; ++i) {
+          const Vec a = load(x + t + i * WIDTH), b = load(y + t + i * WIDTH);
+          add(i, a, b);
+          const Interleaved two = interleave(a, partner(b));
+          store(pairs + 2 * (t + i * WIDTH), two.low), store(pairs + 2 * (t + i * WIDTH) + WIDTH, two.high);
+        }
+      for (; t < terms; t += WIDTH) {
+        const int n = least(WIDTH, terms - t);
+        const Vec a = load_part(x + t, n), b = load_part(y + t, n);
+        add(0, a, b);
+        const Interleaved two = interleave(a, partner(b));
+        store(pairs + 2 * t, two.low);
+        if (2 * t + WIDTH < size.c) store(pairs + 2 * t + WIDTH, two.high);
+      }
     };
-    int64_t c = 0;
-    for (; c + WIDTH <= call.c; c += WIDTH) interleave(c, WIDTH);
-    if (c < call.c) interleave(c, int(call.c - c));
-    inverse(r);
-    if (both) inverse(r + 1);
+    both ? each(std::true_type{}) : each(std::false_type{});
+    statistics(r, m[0]);
+    if (both) statistics(r + 1, m[1]);
   }
   return raw;
 }
