@@ -175,6 +175,8 @@ static void gradients_of_tokens(const Call& call, const Sizes& size, int rows, c
   constexpr int64_t CHANNELS = MAX_VECTORS * WIDTH;
   for (int64_t begin = 0; begin < call.c; begin += CHANNELS) {
     const int64_t end = least(begin + CHANNELS, size.c);
+    for (int r = 0; r < rows; ++r)  // written soon
+      for (int64_t c = begin; c < end; c += 64 / sizeof(T)) __builtin_prefetch(to + r * call.c + c, 1);
     product<PAIRS>(rows, both, both, s.both, size.h + size.k, s.both_rows + begin * both, end - begin, s.dx, CHANNELS);
     for (int r = 0; r < rows; ++r) {
       const float mean = s.tokens.mean[r];

@@ -15,7 +15,7 @@ using token_learner::Call;
 using token_learner::Source;
 
 constexpr int64_t TILE_BYTES = 208 << 10;  // beside weights and sums a tile stays in a second-level cache
-constexpr int AHEAD = 4;                   // rows of a tile that are on their way from memory
+constexpr int AHEAD = 8;                   // rows of a tile that are on their way from memory
 constexpr int64_t DEPTH = 128;             // terms of a product at a time: its panels stay in a first-level cache
 constexpr int64_t BLOCK_ROW = DEPTH + 16;  // an odd number of cache lines, as is Sizes::row
 
