@@ -3,8 +3,8 @@
 // A tile holds the raw tokens as floats, read from memory once.  Normalised tokens exist for some channels at a time,
 // as one factor of a product; LayerNorm's weight and bias are folded into w1 and b1.
 // With PAIRS there is no tile of floats: the factors of the large products, those that have channels on a side, are raw
-// tokens and other bfloat16, two terms of the sum
-// in 32 bits; the small ones between hidden units and learned tokens stay floats.
+// tokens and other bfloat16, two terms of the sum in 32 bits.  The small ones between hidden units and learned tokens
+// stay floats.
 #include <type_traits>
 #include "common/gemm.h"
 #include "common/gelu.h"
