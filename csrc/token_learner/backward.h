@@ -55,7 +55,7 @@ struct BackwardSpace {
   Tokens tokens;
   float *hidden, *slope, *z, *dz;  // (rows, h); z without b1
   float *weights, *ds;             // (rows, k)
-  float* dx;                       // (rows, MAX_VECTORS WIDTH): of some channels
+  float* dx;                       // (rows, row); of pairs (rows, MAX_VECTORS WIDTH): of some channels
   float *lift, *slopes;            // (rows): what the norm takes away, of a token
   float* dpooled_terms;            // (k / WIDTH, c, WIDTH), for the sum over channels
   float* both;                     // (rows, h + k): what the two products that end in a token sum over, side by side:
@@ -74,7 +74,7 @@ static BackwardSpace backward_space(const Call& call, float* at, int64_t* floats
   s.hidden = space.take(size.rows * size.h), s.slope = space.take(size.rows * size.h);
   s.z = space.take(size.rows * size.h), s.dz = space.take(size.rows * size.h);
   s.weights = space.take(size.rows * size.k), s.ds = space.take(size.rows * size.k);
-  s.dx = space.take(size.rows * MAX_VECTORS * WIDTH);
+  s.dx = space.take(size.rows * (call.pairs ? MAX_VECTORS * WIDTH : size.row));
   s.lift = space.take(size.rows), s.slopes = space.take(size.rows);
   s.dpooled_terms = space.take(size.k * call.c);
   s.both = space.take(size.rows * (size.h + size.k)), s.both_rows = space.take(size.c * (call.h + call.k + 2));
@@ -167,17 +167,22 @@ static void normalise_backward(const Call& call, const Sizes& size, const Prepar
   }
 }
 
-// The product, some channels of all tokens at a time, which are finished while they are near.
+// The product, and what is to be taken away.  In pairs some channels of all tokens at a time, finished while they are
+// near; products of floats take so long that whole rows, in place if they can be, are better.
 template <class T, bool PAIRS>
 static void gradients_of_tokens(const Call& call, const Sizes& size, int rows, const BackwardSpace& s, const Raw& raw,
                                 T* to) {
-  const int64_t both = terms_of_both<PAIRS>(call);
-  constexpr int64_t CHANNELS = MAX_VECTORS * WIDTH;
-  for (int64_t begin = 0; begin < call.c; begin += CHANNELS) {
-    const int64_t end = least(begin + CHANNELS, size.c);
-    for (int r = 0; r < rows; ++r)  // written soon
-      for (int64_t c = begin; c < end; c += 64 / sizeof(T)) __builtin_prefetch(to + r * call.c + c, 1);
-    product<PAIRS>(rows, both, both, s.both, size.h + size.k, s.both_rows + begin * both, end - begin, s.dx, CHANNELS);
+  const int64_t both = terms_of_both<PAIRS>(call), channels = PAIRS ? MAX_VECTORS * WIDTH : size.c;
+  float* dx = s.dx;
+  int64_t dx_row = PAIRS ? channels : size.row;
+  if constexpr (sizeof(T) == sizeof(float))
+    if (call.c == size.c) dx = to, dx_row = call.c;
+  for (int64_t begin = 0; begin < call.c; begin += channels) {
+    const int64_t end = least(begin + channels, size.c);
+    if constexpr (PAIRS)
+      for (int r = 0; r < rows; ++r)  // written soon
+        for (int64_t c = begin; c < end; c += 64 / sizeof(T)) __builtin_prefetch(to + r * call.c + c, 1);
+    product<PAIRS>(rows, both, both, s.both, size.h + size.k, s.both_rows + begin * both, end - begin, dx, dx_row);
     for (int r = 0; r < rows; ++r) {
       const float mean = s.tokens.mean[r];
       const Vec lift = broadcast(s.lift[r]), slope = broadcast(s.slopes[r]);
@@ -185,7 +190,7 @@ static void gradients_of_tokens(const Call& call, const Sizes& size, int rows, c
         Vec x;
         if constexpr (PAIRS) x = load_part(raw.x + r * raw.row + c, n);
         else x = load(s.tokens.x + r * size.row + c);
-        store_part(to + r * call.c + c, load(s.dx + r * CHANNELS + c - begin) + fma(x - mean, slope, lift), n);
+        store_part(to + r * call.c + c, load(dx + r * dx_row + c - begin) + fma(x - mean, slope, lift), n);
       };
       int64_t c = begin;
       for (; c + WIDTH <= end && c + WIDTH <= call.c; c += WIDTH) finish(c, WIDTH);
