@@ -126,6 +126,21 @@ static inline Vec exp_for_bfloat16(Vec x) {
 #endif
 }
 
+// Of rows of bfloat16, 2 WIDTH elements each: one after the other the pairs of the elements that stand below each other.
+struct Interleaved { Vec low, high; };
+static inline Interleaved interleave(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  Words low;
+  for (int i = 0; i < WIDTH; ++i) low[i] = uint32_t(i | (i + 2 * WIDTH) << 16);
+  const __m512i x = (__m512i)a, y = (__m512i)b, high = (__m512i)(low + (WIDTH << 16 | WIDTH));
+  return {(Vec)_mm512_permutex2var_epi16(x, (__m512i)low, y), (Vec)_mm512_permutex2var_epi16(x, high, y)};
+#else
+  Halves x[2], y[2];
+  std::memcpy(x, &a, sizeof a), std::memcpy(y, &b, sizeof b);
+  return {pair(x[0], y[0]), pair(x[1], y[1])};
+#endif
+}
+
 template <bool PAIRS>
 static inline void negate(float* x, int64_t n) {  // floats or pairs
   for (int64_t i = 0; i < n; i += WIDTH) store(x + i, (Vec)((Words)load(x + i) ^ (PAIRS ? 0x80008000u : 0x80000000u)));

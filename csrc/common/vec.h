@@ -87,10 +87,18 @@ static inline void zero(float* x, int64_t n) {
 static inline int64_t padded(int64_t n) { return (n + WIDTH - 1) / WIDTH * WIDTH; }
 static inline int least(int64_t a, int64_t b) { return int(a < b ? a : b); }
 
-static inline float sum(Vec x) {
-  float total = 0;
-  for (int i = 0; i < WIDTH; ++i) total += x[i];
-  return total;
+static inline float sum(Vec x) {  // of halves, which are added until one is left
+#if defined(__AVX512F__)
+  x += MIRASOL_SHUFFLE(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+  x += MIRASOL_SHUFFLE(x, x, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
+  x += MIRASOL_SHUFFLE(x, x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+#elif defined(__AVX2__)
+  x += MIRASOL_SHUFFLE(x, x, 4, 5, 6, 7, 0, 1, 2, 3);
+  x += MIRASOL_SHUFFLE(x, x, 2, 3, 0, 1, 6, 7, 4, 5);
+#else
+  x += MIRASOL_SHUFFLE(x, x, 2, 3, 0, 1);
+#endif
+  return x[0] + x[1];
 }
 
 // Lanes first <= i < last.

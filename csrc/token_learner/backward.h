@@ -55,12 +55,14 @@ struct BackwardSpace {
   Tokens tokens;
   float *hidden, *slope, *z, *dz;  // (rows, h); z without b1
   float *weights, *ds;             // (rows, k)
-  float* dx;                       // (rows, row)
+  float* dx;                       // (rows, row); of pairs (rows, MAX_VECTORS WIDTH): of some channels
+  float *lift, *slopes;            // (rows): what the norm takes away, of a token
   float* dpooled_terms;            // (k / WIDTH, c, WIDTH), for the sum over channels
   float* both;                     // (rows, h + k): what the two products that end in a token sum over, side by side:
                                    // dz inverse, weights
   float* both_rows;                // (c / WIDTH, h + k, WIDTH), for that sum: w1 norm_weight, dpooled
   float *base, *share, *dsum;      // (k): what is taken from logits; 1 / sum, or 1; gradient of sum
+  float* shift;                    // (h): of pairs, what means of tokens brought into the sum w1
   float* sums;                     // token_learner_totals
 };
 
@@ -72,10 +74,12 @@ static BackwardSpace backward_space(const Call& call, float* at, int64_t* floats
   s.hidden = space.take(size.rows * size.h), s.slope = space.take(size.rows * size.h);
   s.z = space.take(size.rows * size.h), s.dz = space.take(size.rows * size.h);
   s.weights = space.take(size.rows * size.k), s.ds = space.take(size.rows * size.k);
-  s.dx = space.take(size.rows * size.row);
+  s.dx = space.take(size.rows * (call.pairs ? MAX_VECTORS * WIDTH : size.row));
+  s.lift = space.take(size.rows), s.slopes = space.take(size.rows);
   s.dpooled_terms = space.take(size.k * call.c);
   s.both = space.take(size.rows * (size.h + size.k)), s.both_rows = space.take(size.c * (call.h + call.k + 2));
   s.base = space.take(size.k), s.share = space.take(size.k), s.dsum = space.take(size.k);
+  s.shift = space.take(size.h);
   s.sums = space.take(token_learner_totals(call));
   if (floats) *floats = space.next - at;
   return s;
@@ -106,6 +110,11 @@ static void bring(const Backward& g, const Sizes& size, int64_t batch, const Bac
     }
     for (int64_t c = 0; c < call.c; c += WIDTH) {
       const int n = least(WIDTH, call.c - c);
+      for (int i = 0; i < rows; ++i) {  // too many streams for the chip to foresee
+        const int64_t ahead = (first + i) * call.c + c + 4 * WIDTH;
+        __builtin_prefetch(g.dpooled + ahead);
+        if (call.divide) __builtin_prefetch(g.pooled + ahead);
+      }
       Vec x[WIDTH] = {};
       for (int i = 0; i < rows; ++i) x[i] = load_part(g.dpooled + (first + i) * call.c + c, n);
       store_terms<PAIRS>(x, rows, panels + c * terms_of_both<PAIRS>(call) + terms<PAIRS>(k) * WIDTH);
@@ -140,9 +149,9 @@ static void softmax_backward(const Sizes& size, const Prepared& p, int rows, con
 
 // Of LayerNorm: with d the gradient of a normalised token, dx = inverse (d - mean(d) - normalised mean(d normalised)).
 // Both means are known before d is, which is linear in dz: mean(d) = dz . w1_mean, mean(d normalised) = dz . z / c.
-// So d inverse and the sum of p dpooled are one product, which leaves this to be taken away, in one pass.
-static void normalise_backward(const Call& call, const Sizes& size, const Prepared& p, int rows, const BackwardSpace& s,
-                               float* dx, int64_t dx_row) {
+// So what is taken away is lift + slope (x - mean), and d inverse and the sum of p dpooled are one product.
+static void normalise_backward(const Call& call, const Sizes& size, const Prepared& p, int rows,
+                               const BackwardSpace& s) {
   for (int first = 0; first < rows; first += WIDTH) {
     const int some = least(WIDTH, rows - first);
     Vec levels[WIDTH] = {}, alongs[WIDTH] = {};
@@ -152,14 +161,40 @@ static void normalise_backward(const Call& call, const Sizes& size, const Prepar
         levels[i] = fma(dz, load(p.w1_mean + h), levels[i]);
         alongs[i] = fma(dz, load(s.z + at + h), alongs[i]);
       }
-    const Vec level = sums(levels), along = sums(alongs) / float(call.c);
-    for (int i = 0; i < some; ++i) {
-      const float inverse = s.tokens.inverse[first + i], mean = s.tokens.mean[first + i];
-      const Vec lift = broadcast(-inverse * level[i]), slope = broadcast(-inverse * inverse * along[i]);
-      const float* const x = s.tokens.x + (first + i) * size.row;
-      float* const row = dx + (first + i) * dx_row;
-      for (int64_t c = 0; c < size.c; c += WIDTH)
-        store(row + c, load(row + c) + fma(load(x + c) - mean, slope, lift));
+    const Vec inverse = -load(s.tokens.inverse + first);
+    store(s.lift + first, inverse * sums(levels));
+    store(s.slopes + first, -inverse * inverse * (sums(alongs) / float(call.c)));
+  }
+}
+
+// The product, and what is to be taken away.  In pairs some channels of all tokens at a time, finished while they are
+// near; products of floats take so long that whole rows, in place if they can be, are better.
+template <class T, bool PAIRS>
+static void gradients_of_tokens(const Call& call, const Sizes& size, int rows, const BackwardSpace& s, const Raw& raw,
+                                T* to) {
+  const int64_t both = terms_of_both<PAIRS>(call), channels = PAIRS ? MAX_VECTORS * WIDTH : size.c;
+  float* dx = s.dx;
+  int64_t dx_row = PAIRS ? channels : size.row;
+  if constexpr (sizeof(T) == sizeof(float))
+    if (call.c == size.c) dx = to, dx_row = call.c;
+  for (int64_t begin = 0; begin < call.c; begin += channels) {
+    const int64_t end = least(begin + channels, size.c);
+    if constexpr (PAIRS)
+      for (int r = 0; r < rows; ++r)  // written soon
+        for (int64_t c = begin; c < end; c += 64 / sizeof(T)) __builtin_prefetch(to + r * call.c + c, 1);
+    product<PAIRS>(rows, both, both, s.both, size.h + size.k, s.both_rows + begin * both, end - begin, dx, dx_row);
+    for (int r = 0; r < rows; ++r) {
+      const float mean = s.tokens.mean[r];
+      const Vec lift = broadcast(s.lift[r]), slope = broadcast(s.slopes[r]);
+      const auto finish = [&](int64_t c, int n) {
+        Vec x;
+        if constexpr (PAIRS) x = load_part(raw.x + r * raw.row + c, n);
+        else x = load(s.tokens.x + r * size.row + c);
+        store_part(to + r * call.c + c, load(dx + r * dx_row + c - begin) + fma(x - mean, slope, lift), n);
+      };
+      int64_t c = begin;
+      for (; c + WIDTH <= end && c + WIDTH <= call.c; c += WIDTH) finish(c, WIDTH);
+      if (c < end) finish(c, int(call.c - c));
     }
   }
 }
@@ -179,6 +214,21 @@ static void side_by_side(const Call& call, const Sizes& size, int rows, const Ba
   }
 }
 
+// dz inverse as pairs of tokens, in place, for the sum of it times raw tokens: their means are taken away at the end.
+static void pair_dz(const Sizes& size, int rows, const BackwardSpace& s) {
+  for (int r = 0; r < rows; r += 2)
+    for (int64_t h = 0; h < size.h; h += WIDTH) {
+      Vec x[2] = {}, shift = load(s.shift + h);
+      for (int i = 0; i < 2 && r + i < rows; ++i) {
+        x[i] = load(s.dz + (r + i) * size.h + h) * s.tokens.inverse[r + i];
+        x[i] = (Vec)(round_bfloat16(x[i]) & 0xffff0000u);
+        shift = fma(x[i], broadcast(s.tokens.mean[r + i]), shift);
+      }
+      store(s.shift + h, shift);
+      store(s.dz + r / 2 * size.h + h, pair(x[0], x[1]));
+    }
+}
+
 template <class T, bool PAIRS>
 static void backward_tile(const Backward& g, const Sizes& size, const Prepared& p, const Tile& tile,
                           const BackwardSpace& s, bool first) {
@@ -188,12 +238,11 @@ static void backward_tile(const Backward& g, const Sizes& size, const Prepared& 
   T* const to = static_cast<T*>(g.dsources[tile.source]) +
                 (tile.batch * call.sources[tile.source].tokens + tile.token) * call.c;
   if (rows) {
-    fetch<T>(call, tile, size, s.tokens);
-    logits<PAIRS>(call, size, p, rows, s.tokens, s.hidden, s.slope, s.z, s.weights);
-    if constexpr (PAIRS)
-      product_of_channels<PAIRS>(call, rows, [&](int r, int64_t c) { return load(s.tokens.x + r * size.row + c); },
-                                 s.tokens.block, s.dpooled_terms, size.k, s.ds);
-    else product<PAIRS>(rows, call.c, depth_of(call.c), s.tokens.x, size.row, s.dpooled_terms, size.k, s.ds, size.k);
+    const Raw raw = fetch<T, PAIRS>(call, tile, size, s.tokens);
+    logits<PAIRS>(call, size, p, rows, s.tokens, raw, s.hidden, s.slope, s.z, s.weights);
+    const int64_t depth = depth_of(terms<PAIRS>(call.c));
+    product<PAIRS>(rows, terms<PAIRS>(call.c), depth, PAIRS ? raw.pairs() : s.tokens.x, PAIRS ? raw.row / 2 : size.row,
+                   s.dpooled_terms, size.k, s.ds, size.k);
     softmax_backward(size, p, rows, s, sum.b2);
     product_of_rows(rows, call.k, call.k, s.ds, size.k, p.w2_rows, size.h, s.dz);
     for (int64_t h = 0; h < size.h; h += WIDTH) {
@@ -206,27 +255,20 @@ static void backward_tile(const Backward& g, const Sizes& size, const Prepared& 
       store(sum.b1 + h, load(sum.b1 + h) + total);
     }
     gather<false>(rows, call.k, s.ds, size.k, s.hidden, size.h, size.h, sum.w2, size.h, !first);
-    float* dx = s.dx;
-    int64_t dx_row = size.row;
-    if constexpr (sizeof(T) == sizeof(float))
-      if (call.c == size.c) dx = to, dx_row = call.c;
     side_by_side<PAIRS>(call, size, rows, s);
-    const int64_t both = terms_of_both<PAIRS>(call);
-    product<PAIRS>(rows, both, both, s.both, size.h + size.k, s.both_rows, size.c, dx, dx_row);
-    normalise_backward(call, size, p, rows, s, dx, dx_row);
-    if constexpr (PAIRS) pair_rows(s.dz, rows, size.h, size.h);
-    for (int64_t c = 0; c < size.c; c += DEPTH) {
-      const int n = least(DEPTH, size.c - c);
-      for (int r = 0; r < rows; ++r)
-        for (int i = 0; i < n; i += WIDTH)
-          store(s.tokens.block + r * BLOCK_ROW + i, normalised(size, s.tokens, r, c + i));
-      if constexpr (PAIRS) pair_rows(s.tokens.block, rows, BLOCK_ROW, n);
-      gather<PAIRS>(rows, call.h, s.dz, size.h, s.tokens.block, BLOCK_ROW, n, sum.w1 + c, size.row, !first);
-    }
-    if (static_cast<void*>(dx) != to)
-      for (int r = 0; r < rows; ++r)
-        for (int64_t c = 0; c < call.c; c += WIDTH)
-          store_part(to + r * call.c + c, load(dx + r * dx_row + c), least(WIDTH, call.c - c));
+    normalise_backward(call, size, p, rows, s);
+    gradients_of_tokens<T, PAIRS>(call, size, rows, s, raw, to);
+    if constexpr (PAIRS) {
+      pair_dz(size, rows, s);
+      gather<PAIRS>(rows, call.h, s.dz, size.h, s.tokens.x, size.row, size.c, sum.w1, size.row, !first);
+    } else
+      for (int64_t c = 0; c < size.c; c += DEPTH) {
+        const int n = least(DEPTH, size.c - c);
+        for (int r = 0; r < rows; ++r)
+          for (int i = 0; i < n; i += WIDTH)
+            store(s.tokens.block + r * BLOCK_ROW + i, normalised(size, s.tokens, r, c + i));
+        gather<PAIRS>(rows, call.h, s.dz, size.h, s.tokens.block, BLOCK_ROW, n, sum.w1 + c, size.row, !first);
+      }
   }
   for (int64_t at = rows * call.c, end = tile.rows * call.c; at < end; at += WIDTH)
     store_part(to + at, Vec{}, least(WIDTH, end - at));
@@ -239,7 +281,7 @@ static void backward_item(const Backward& g, int64_t item, const BackwardSpace& 
   const Prepared p = prepared(call, call.prepared);
   const Cut c = cut(call);
   const Sums mine = sums(call, s.sums), total = sums(call, g.totals);
-  zero(mine.b1, size.h), zero(mine.b2, size.k);
+  zero(mine.b1, size.h), zero(mine.b2, size.k), zero(s.shift, size.h);
   const int64_t w1_panel = terms<PAIRS>(call.h) * WIDTH, panel = terms_of_both<PAIRS>(call) * WIDTH;
   for (int64_t i = 0; i < size.c / WIDTH; ++i)
     std::memcpy(s.both_rows + i * panel, p.w1_rows + i * w1_panel, w1_panel * sizeof(float));
@@ -254,10 +296,10 @@ static void backward_item(const Backward& g, int64_t item, const BackwardSpace& 
   }
   while (__atomic_load_n(g.turn, __ATOMIC_ACQUIRE) != item) sched_yield();
   if (!first) {
-    const auto add = [](float* to, const float* from, int64_t n) {
-      for (int64_t i = 0; i < n; i += WIDTH) store(to + i, load(to + i) + load(from + i));
+    const auto add = [](float* to, const float* from, int64_t n, float shift = 0) {
+      for (int64_t i = 0; i < n; i += WIDTH) store(to + i, load(to + i) + (load(from + i) - shift));
     };
-    for (int64_t h = 0; h < call.h; ++h) add(total.w1 + h * size.row, mine.w1 + h * size.row, size.c);
+    for (int64_t h = 0; h < call.h; ++h) add(total.w1 + h * size.row, mine.w1 + h * size.row, size.c, s.shift[h]);
     add(total.w2, mine.w2, call.k * size.h), add(total.b1, mine.b1, size.h), add(total.b2, mine.b2, size.k);
   }
   __atomic_store_n(g.turn, int32_t(item + 1), __ATOMIC_RELEASE);

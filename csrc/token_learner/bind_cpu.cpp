@@ -1,3 +1,4 @@
+#include <sys/mman.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -38,6 +39,17 @@ bool has(const Tensor& x, std::initializer_list<int64_t> sizes) {
 void* memory(const char* name, const Tensor& x, Type type, std::initializer_list<int64_t> sizes) {
   expect(x.scalar_type() == type && has(x, sizes) && x.is_contiguous(), name, "a contiguous tensor as the schema says");
   return x.data_ptr();
+}
+
+// A tensor so large that malloc maps fresh pages for it (glibc: always from 32 MB on): large pages where the system gives
+// them on demand, since a fault for each 4 KB takes longer than writing them.
+void fresh(const Tensor& x, int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t PAGE = 2 << 20;
+  const uintptr_t at = reinterpret_cast<uintptr_t>(x.data_ptr()), first = (at + PAGE - 1) / PAGE * PAGE;
+  const uintptr_t last = (at + bytes) / PAGE * PAGE;
+  if (bytes >= 32 << 20 && first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
 }
 
 struct Arguments {  // of the schema
@@ -134,6 +146,7 @@ std::vector<Tensor> backward(const Tensor& dpooled, const Optional& dsum, const 
   std::vector<void*> dsources, dtables;
   const auto result = [&](const Tensor& like) {
     results.push_back(new_empty(like, like.sizes()));
+    fresh(results.back(), like.numel() * like.element_size());
     return results.back().data_ptr();
   };
   for (const Tensor& x : sources) dsources.push_back(result(x));

@@ -102,13 +102,10 @@ static void forward_item(const Forward& f, int64_t item, ForwardSpace s) {
   s.seen.empty = true;
   for_tiles(call, size, batch, part * tiles / parts, (part + 1) * tiles / parts, [&](const Tile& tile) {
     if (!tile.real) return;
-    fetch<T>(call, tile, size, s.tokens);
-    logits<PAIRS>(call, size, p, tile.real, s.tokens, s.hidden, nullptr, nullptr, s.weights);
+    const Raw raw = fetch<T, PAIRS>(call, tile, size, s.tokens);
+    logits<PAIRS>(call, size, p, tile.real, s.tokens, raw, s.hidden, nullptr, nullptr, s.weights);
     weigh(call, size, p, tile.real, s);
-    if constexpr (PAIRS) {
-      pair_rows(s.weights, tile.real, size.k, size.k);
-      pair_rows(s.tokens.x, tile.real, size.row, size.c);
-    }
+    if constexpr (PAIRS) pair_rows(s.weights, tile.real, size.k, size.k);
     gather<PAIRS>(tile.real, call.k, s.weights, size.k, s.tokens.x, size.row, size.c, s.seen.sums, size.row,
                   !s.seen.empty);
     s.seen.empty = false;

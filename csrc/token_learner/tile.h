@@ -2,8 +2,9 @@
 // What forward and backward share: tiles of tokens and their logits.
 // A tile holds the raw tokens as floats, read from memory once.  Normalised tokens exist for some channels at a time,
 // as one factor of a product; LayerNorm's weight and bias are folded into w1 and b1.
-// With PAIRS the factors of the large products, those that have channels on a side, are bfloat16, two terms of the sum
-// in 32 bits; the small ones between hidden units and learned tokens stay floats.
+// With PAIRS there is no tile of floats: the factors of the large products, those that have channels on a side, are raw
+// tokens and other bfloat16, two terms of the sum in 32 bits.  The small ones between hidden units and learned tokens
+// stay floats.
 #include <type_traits>
 #include "common/gemm.h"
 #include "common/gelu.h"
@@ -15,6 +16,7 @@ using token_learner::Call;
 using token_learner::Source;
 
 constexpr int64_t TILE_BYTES = 208 << 10;  // beside weights and sums a tile stays in a second-level cache
+constexpr int AHEAD = 8;                   // rows of a tile that are on their way from memory
 constexpr int64_t DEPTH = 128;             // terms of a product at a time: its panels stay in a first-level cache
 constexpr int64_t BLOCK_ROW = DEPTH + 16;  // an odd number of cache lines, as is Sizes::row
 
@@ -166,6 +168,7 @@ static void prepare_w1(const Call& call, int64_t h) {
       x[i] = load_part(w1 + (h + i) * call.c + c, n);
       moved[i] = fma(x[i], beta, moved[i]);
       x[i] *= gamma;
+      if constexpr (PAIRS) x[i] = (Vec)(round_bfloat16(x[i]) & 0xffff0000u);  // level: of what products see
       level[i] += x[i];
     }
     store_terms<PAIRS>(x, rows, p.w1_rows + c * terms<PAIRS>(call.h) + terms<PAIRS>(h) * WIDTH);
@@ -205,7 +208,7 @@ void token_learner_prepare(const Call& call, int64_t begin, int64_t end) {
 }
 
 struct Tokens {  // of a tile
-  float* x;                 // (rows, row), zeros from c to the next whole vector
+  float* x;                 // (rows, row), zeros from c to the next whole vector; or (rows / 2, row) pairs of tokens
   float *mean, *inverse;    // (rows): (x - mean) inverse is normalised
   float* block;             // (rows, BLOCK_ROW): of some channels, as a product wants them
 };
@@ -217,7 +220,7 @@ static Tokens tokens(const Sizes& size, Space& space) {
 
 // Two rows of a tile at a time: while the sum of one is on its way, the other has work to do.
 template <class T>
-static void fetch(const Call& call, const Tile& tile, const Sizes& size, const Tokens& to) {
+static void fetch_floats(const Call& call, const Tile& tile, const Sizes& size, const Tokens& to) {
   const Source& source = call.sources[tile.source];
   const T* const x = static_cast<const T*>(source.data) + tile.batch * source.batch + tile.token * source.row;
   const T* const table = source.table ? static_cast<const T*>(source.table) + tile.token * call.c : nullptr;
@@ -262,16 +265,97 @@ static void fetch(const Call& call, const Tile& tile, const Sizes& size, const T
   }
 }
 
+struct Raw {  // tokens of bfloat16 where they lie
+  const bfloat16* x;
+  int64_t row;
+  const Element* pairs() const { return reinterpret_cast<const Element*>(x); }  // of channels; rows are row / 2 apart
+};
+
+// Tokens as pairs of tokens, for sums over them, and their statistics.  As pairs of channels, for sums over these, they
+// lie in memory already, unless a table is added: the sum is rounded, as the definition in bfloat16 has it.
+static Raw fetch_pairs(const Call& call, const Tile& tile, const Sizes& size, const Tokens& to) {
+  const Source& source = call.sources[tile.source];
+  Raw raw{static_cast<const bfloat16*>(source.data) + tile.batch * source.batch + tile.token * source.row, source.row};
+  if (source.table || raw.row % 2) {
+    bfloat16* const copy = reinterpret_cast<bfloat16*>(to.x + size.rows / 2 * size.row);
+    const bfloat16* const table =
+        source.table ? static_cast<const bfloat16*>(source.table) + tile.token * call.c : nullptr;
+    for (int r = 0; r < tile.real; ++r)
+      for (int64_t c = 0; c < call.c; c += WIDTH) {
+        const int n = least(WIDTH, call.c - c);
+        Vec x = load_part(raw.x + r * raw.row + c, n);
+        if (table) x += load_part(table + r * call.c + c, n);
+        store_part(copy + r * size.row + c, x, n);
+      }
+    raw = {copy, size.row};
+  }
+  const auto words = [&](int r) { return raw.pairs() + r * raw.row / 2; };
+  const int64_t terms = call.c / 2, whole = terms / WIDTH * WIDTH;
+  const Vec ones = (Vec)(Words{} + 0x3f803f80u);
+  struct Moments {
+    Vec level[2], square[2];  // sums of x and of x x, which are exact in float, in two chains
+    void add(int i, Vec x, Vec ones) { level[i] = dot(x, ones, level[i]), square[i] = dot(x, x, square[i]); }
+  };
+  const auto statistics = [&](int r, const Moments& m) {
+    const float mean = sum(m.level[0] + m.level[1]) / float(call.c);
+    float variance = sum(m.square[0] + m.square[1]) / float(call.c) - mean * mean;
+    if (!(variance * 64 > mean * mean)) {  // they cancel: again, from deviations
+      Vec total{};
+      for (int64_t t = 0; t < terms; t += WIDTH) {
+        const int n = least(WIDTH, terms - t);
+        const Vec x = load_part(words(r) + t, n), first = (Vec)((Words)x << 16) - mean;
+        const Vec second = (Vec)((Words)x & 0xffff0000u) - mean;
+        total += keep(lanes_between(0, n), fma(second, second, first * first));
+      }
+      variance = sum(total) / float(call.c);
+    }
+    to.mean[r] = mean, to.inverse[r] = 1 / __builtin_sqrtf(variance + call.eps);
+  };
+  for (int r = 0; r < tile.real; r += 2) {
+    for (int64_t ahead = r + AHEAD; ahead < r + AHEAD + 2; ++ahead)
+      for (int64_t c = 0; c < call.c; c += 32) __builtin_prefetch(raw.x + ahead * raw.row + c);
+    const bool both = r + 1 < tile.real;
+    const Element *const x = words(r), *const y = both ? words(r + 1) : x;
+    float* const pairs = to.x + r / 2 * size.row;
+    Moments m[2] = {};
+    const auto add = [&](int i, Vec a, Vec b) { m[0].add(i, a, ones), m[1].add(i, b, ones); };
+    const auto each = [&](auto both) {
+      const auto partner = [&](Vec b) { return both ? b : Vec{}; };
+      int64_t t = 0;
+      for (; t + WIDTH < whole; t += 2 * WIDTH)
+#pragma GCC unroll 2
+        for (int i = 0; i < 2; ++i) {
+          const Vec a = load(x + t + i * WIDTH), b = load(y + t + i * WIDTH);
+          add(i, a, b);
+          const Interleaved two = interleave(a, partner(b));
+          store(pairs + 2 * (t + i * WIDTH), two.low), store(pairs + 2 * (t + i * WIDTH) + WIDTH, two.high);
+        }
+      for (; t < terms; t += WIDTH) {
+        const int n = least(WIDTH, terms - t);
+        const Vec a = load_part(x + t, n), b = load_part(y + t, n);
+        add(0, a, b);
+        const Interleaved two = interleave(a, partner(b));
+        store(pairs + 2 * t, two.low);
+        if (2 * t + WIDTH < size.c) store(pairs + 2 * t + WIDTH, two.high);
+      }
+    };
+    both ? each(std::true_type{}) : each(std::false_type{});
+    statistics(r, m[0]);
+    if (both) statistics(r + 1, m[1]);
+  }
+  return raw;
+}
+
+template <class T, bool PAIRS>
+static inline Raw fetch(const Call& call, const Tile& tile, const Sizes& size, const Tokens& to) {
+  if constexpr (PAIRS) return fetch_pairs(call, tile, size, to);
+  fetch_floats<T>(call, tile, size, to);
+  return {};
+}
+
 // Normalised channels [c, c + WIDTH) of a token.
 static inline Vec normalised(const Sizes& size, const Tokens& t, int token, int64_t c) {
   return (load(t.x + token * size.row + c) - t.mean[token]) * t.inverse[token];
-}
-
-// Rows (rows, row) of floats, `columns` of them: as rows of bfloat16.  From and to may be the same.
-static inline void narrow_rows(const float* from, int rows, int64_t row, int64_t columns, float* to) {
-  for (int r = 0; r < rows; ++r)
-    for (int64_t c = 0; c < columns; c += WIDTH)
-      store_part(reinterpret_cast<bfloat16*>(to + r * row) + c, load(from + r * row + c), WIDTH);
 }
 
 // Rows of floats 2 i and 2 i + 1 as pairs in row i, in place.
@@ -284,12 +368,12 @@ static inline void pair_rows(float* x, int rows, int64_t row, int64_t columns) {
 // to (n, m) = A (n, terms) B, with B in panels (m / WIDTH, terms, WIDTH), `depth` terms at a time; with PAIRS terms are
 // pairs, of both.
 template <bool PAIRS>
-static inline void product(int n, int64_t terms, int64_t depth, const float* a, int64_t a_row, const float* panels,
-                           int64_t m, float* to, int64_t to_row, bool add = false) {
+static inline void product(int n, int64_t terms, int64_t depth, const Element* a, int64_t a_row, const float* panels,
+                           int64_t m, float* to, int64_t to_row) {
   for (int64_t t = 0; t < terms; t += depth)
     gemm<PAIRS>({.vectors = int(m / WIDTH), .n = n, .k = least(depth, terms - t), .a = panels + t * WIDTH, .a_k = WIDTH,
                  .a_v = terms * WIDTH, .b = a + t, .b_n = a_row, .b_k = 1, .c = to, .c_n = to_row, .c_v = WIDTH,
-                 .add = add || t > 0});
+                 .add = t > 0});
 }
 
 // to (rows, m) = X B over the channels, with B in panels (m / WIDTH, terms of c, WIDTH); value(row, c): a vector of X.
@@ -329,17 +413,23 @@ static inline void gather(int tokens, int64_t n, const float* a, int64_t a_row, 
 }
 
 // hidden (rows, h), logits (rows, k) without b2; if asked for, slopes of the GELU, and z (rows, h) without b1.
+// Pairs are of raw tokens, normalised afterwards: with w = w1 norm_weight, w (x - mean) inverse = (w x - mean sum(w))
+// inverse.  A mean cancels there in float, from products of bfloat16 that are exact.
 template <bool PAIRS>
-static void logits(const Call& call, const Sizes& size, const Prepared& p, int rows, const Tokens& x, float* hidden,
-                   float* slope, float* z, float* to) {
-  product_of_channels<PAIRS>(call, rows, [&](int r, int64_t c) { return normalised(size, x, r, c); }, x.block,
-                             p.w1_terms, size.h, hidden);
+static void logits(const Call& call, const Sizes& size, const Prepared& p, int rows, const Tokens& x, const Raw& raw,
+                   float* hidden, float* slope, float* z, float* to) {
+  if constexpr (PAIRS)
+    product<PAIRS>(rows, call.c / 2, depth_of(call.c / 2), raw.pairs(), raw.row / 2, p.w1_terms, size.h, hidden, size.h);
+  else
+    product_of_channels<PAIRS>(call, rows, [&](int r, int64_t c) { return normalised(size, x, r, c); }, x.block,
+                               p.w1_terms, size.h, hidden);
   const auto each = [&](auto gelu) {
     for (int64_t h = 0; h < size.h; h += WIDTH) {
-      const Vec bias = load(p.b1 + h);
-      for (int64_t at = h; at < rows * size.h; at += size.h) {
-        Vec rise{};
-        const Vec sum = load(hidden + at);
+      const Vec bias = load(p.b1 + h), level = load(p.w1_mean + h) * float(call.c);
+      for (int r = 0; r < rows; ++r) {
+        const int64_t at = r * size.h + h;
+        Vec rise{}, sum = load(hidden + at);
+        if constexpr (PAIRS) sum = fma(level, broadcast(-x.mean[r]), sum) * x.inverse[r];
         store(hidden + at, gelu(sum + bias, slope ? &rise : nullptr));
         if (slope) store(slope + at, rise), store(z + at, sum);
       }
