@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -44,7 +44,7 @@ class Family:
     kinds: tuple[int, int] = (0, 1)  # its values for text and for images
     images: int = 0  # per batch row, of 2 x 2 patches, that go through the vision tower; else image tokens alone
     packs: bool = True  # position_ids that start again make several sequences of one
-    inputs: dict[str, Any] = field(default_factory=dict)
+    reference: str = "sdpa"
 
 
 def llama() -> hf.PreTrainedModel:
@@ -69,6 +69,54 @@ def llama4() -> hf.PreTrainedModel:
     return hf.Llama4ForCausalLM(config)
 
 
+def gpt_oss() -> hf.PreTrainedModel:
+    config = hf.GptOssConfig(
+        **TEXT,
+        num_hidden_layers=2,
+        sliding_window=5,
+        layer_types=SLIDING_AND_FULL,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+    )
+    return hf.GptOssForCausalLM(config)
+
+
+def hrm_text() -> hf.PreTrainedModel:
+    text = {k: v for k, v in TEXT.items() if k != "num_key_value_heads"}
+    return hf.HrmTextForCausalLM(hf.HrmTextConfig(**text, num_hidden_layers=2))
+
+
+def unlimited_ocr() -> hf.PreTrainedModel:
+    """Its text alone: a window, and the prompt that every token sees."""
+    experts = {"n_routed_experts": 2, "n_shared_experts": 1, "num_experts_per_tok": 1, "moe_intermediate_size": 16}
+    sam = {
+        "hidden_size": 16,
+        "output_channels": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 32,
+        "patch_size": 8,
+        "window_size": 2,
+        "mlp_dim": 16,
+        "global_attn_indexes": [0],
+        "downsample_channels": [8, 16],
+    }
+    clip = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 32,
+        "patch_size": 8,
+    }
+    config = hf.UnlimitedOcrConfig(
+        text_config={**TEXT, **experts, "num_hidden_layers": 2, "sliding_window": 5},
+        vision_config={"sam_config": sam, "encoder_config": clip},
+        image_token_id=IMAGE,
+    )
+    return hf.UnlimitedOcrForConditionalGeneration(config)
+
+
 def gemma3_text() -> hf.PreTrainedModel:
     return hf.Gemma3ForCausalLM(
         hf.Gemma3TextConfig(**TEXT, num_hidden_layers=2, sliding_window=5, layer_types=SLIDING_AND_FULL)
@@ -85,24 +133,31 @@ def gemma3() -> hf.PreTrainedModel:
     return hf.Gemma3ForConditionalGeneration(config)
 
 
+GEMMA4: dict[str, Any] = {
+    **TEXT,
+    "num_hidden_layers": 4,
+    "sliding_window": 5,
+    "layer_types": 2 * SLIDING_AND_FULL,
+    "global_head_dim": 512,  # as published: more than block_causal_attention has kernels for
+    "use_bidirectional_attention": "vision",
+}
+GEMMA4_VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
+                 "num_key_value_heads": 2, "head_dim": 8, "position_embedding_size": 16}  # fmt: skip
+
+
 def gemma4() -> hf.PreTrainedModel:
-    config = hf.Gemma4Config(
-        text_config={
-            **TEXT,
-            "num_hidden_layers": 2,
-            "sliding_window": 5,
-            "layer_types": SLIDING_AND_FULL,
-            "global_head_dim": 16,  # published ones have 512, for which there is no kernel
-            "use_bidirectional_attention": "vision",
-            "vocab_size_per_layer_input": 64,
-            "hidden_size_per_layer_input": 8,
-        },
-        vision_config={"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
-                       "num_key_value_heads": 2, "head_dim": 8, "position_embedding_size": 16},
-        audio_config=None,
-        image_token_id=IMAGE, video_token_id=62, audio_token_id=61,
-    )  # fmt: skip
+    """The later two layers have the keys of the earlier ones: with them, generation drops queries of the prompt."""
+    shared = {"num_kv_shared_layers": 2, "vocab_size_per_layer_input": 64, "hidden_size_per_layer_input": 8}
+    config = hf.Gemma4Config(text_config={**GEMMA4, **shared}, vision_config=GEMMA4_VISION, audio_config=None,
+                             image_token_id=IMAGE, video_token_id=62, audio_token_id=61)  # fmt: skip
     return hf.Gemma4ForConditionalGeneration(config)
+
+
+def gemma4_unified() -> hf.PreTrainedModel:
+    vision = {"mm_embed_dim": 16, "mm_posemb_size": 8, "output_proj_dims": 16, "patch_size": 4}
+    config = hf.Gemma4UnifiedConfig(text_config={**GEMMA4, "global_head_dim": 16}, vision_config=vision,
+                                    audio_config=None, image_token_id=IMAGE, video_token_id=62, audio_token_id=61)  # fmt: skip
+    return hf.Gemma4UnifiedForConditionalGeneration(config)
 
 
 def paligemma() -> hf.PreTrainedModel:
@@ -142,9 +197,13 @@ FAMILIES = {
     "gemma3_text": Family(gemma3_text),
     "gemma3": Family(gemma3, "token_type_ids", images=2),
     "gemma4": Family(gemma4, "mm_token_type_ids"),
+    "gemma4_unified": Family(gemma4_unified, "mm_token_type_ids"),
     "paligemma": Family(paligemma, "token_type_ids", kinds=(1, 0), images=1),
     "molmo2": Family(molmo2, "mm_token_type_ids"),
     "qwen2_vl": Family(qwen2_vl, packs=False),
+    "hrm_text": Family(hrm_text, "token_type_ids"),
+    "unlimited_ocr": Family(unlimited_ocr),
+    "gpt_oss": Family(gpt_oss, reference="eager"),  # sinks, which "sdpa" does not serve
 }
 
 

@@ -28,11 +28,25 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
     sliding_window_overlay,
 )
+from transformers.models.deepseek_ocr2 import configuration_deepseek_ocr2 as deepseek_ocr2
+from transformers.models.deepseek_ocr2 import modeling_deepseek_ocr2
+from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
 
 from mirasol_kernels import SnippetLayout
 from mirasol_kernels._check import peak
 from mirasol_kernels.integrations import transformers as integration
-from tests.integrations.families import FAMILIES, IMAGE, SIGLIP, TEXT, TOKENS, Family, inputs_of
+from tests.integrations.families import (
+    FAMILIES,
+    GEMMA4,
+    GEMMA4_VISION,
+    IMAGE,
+    SIGLIP,
+    SLIDING_AND_FULL,
+    TEXT,
+    TOKENS,
+    Family,
+    inputs_of,
+)
 from tests.numerics import assert_within_budget
 from tests.test_layout import runs
 
@@ -56,7 +70,9 @@ def spied(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
 
 def model_of(family: Family) -> hf.PreTrainedModel:
     torch.manual_seed(0)
-    return family.build().eval()
+    model = family.build().eval()
+    model.set_experts_implementation("eager")  # the others know no float64
+    return model
 
 
 def cast(inputs: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -68,7 +84,8 @@ def trained(model: hf.PreTrainedModel, name: str, dtype: torch.dtype, inputs: di
     model = model.to(dtype)
     model.set_attn_implementation(name)
     model.zero_grad(set_to_none=True)
-    logits = model(**cast(inputs, dtype)).logits[real]
+    said = model(**cast(inputs, dtype))
+    logits = said.get("logits", said[0])[real]
     torch.sin(logits).sum().backward()
     grads = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
     return logits.detach(), torch.cat(grads)
@@ -78,6 +95,16 @@ def assert_same(actual: Tensor, expected: Tensor, what: str) -> None:
     """Of models in float64: many of their norms round to float32 whatever the dtype, which may tip either way."""
     error, bound = peak(actual - expected), torch.finfo(torch.float32).eps * peak(expected)
     assert error <= bound, f"{what}: error {error:.3e}, bound {bound:.3e}"
+
+
+def assert_trained_alike(model: hf.PreTrainedModel, reference: str, inputs: dict, real: Tensor) -> None:
+    exact = trained(model, reference, torch.float64, inputs, real)
+    double = trained(model, "mirasol", torch.float64, inputs, real)
+    low = trained(model, reference, torch.float32, inputs, real)
+    ours = trained(model, "mirasol", torch.float32, inputs, real)
+    for i, what in enumerate(("logits", "gradients")):
+        assert_same(double[i], exact[i], what)
+        assert_within_budget(ours[i], low[i], exact[i], what=what)
 
 
 CASES = [
@@ -92,17 +119,8 @@ CASES = [
 def test_logits_and_gradients(name: str, padding: str, spied: list[Any]) -> None:
     model = model_of(FAMILIES[name])
     inputs, real = inputs_of(FAMILIES[name], padding)
-    exact = trained(model, "sdpa", torch.float64, inputs, real)
-    assert not spied
-    for what, want, got in zip(
-        ("logits", "gradients"), exact, trained(model, "mirasol", torch.float64, inputs, real), strict=True
-    ):
-        assert_same(got, want, what)
-    assert len(spied) >= 2
-    low = trained(model, "sdpa", torch.float32, inputs, real)
-    ours = trained(model, "mirasol", torch.float32, inputs, real)
-    for what, got, reference, want in zip(("logits", "gradients"), ours, low, exact, strict=True):
-        assert_within_budget(got, reference, want, what=what)
+    assert_trained_alike(model, FAMILIES[name].reference, inputs, real)
+    assert len(spied) >= 4
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
@@ -112,7 +130,7 @@ def test_generation(name: str, cache: str, spied: list[Any]) -> None:
     model = model_of(FAMILIES[name]).double()
     inputs, _ = inputs_of(FAMILIES[name], "left")
     said = []
-    for attn in ("sdpa", "mirasol"):
+    for attn in (FAMILIES[name].reference, "mirasol"):
         model.set_attn_implementation(attn)
         said.append(
             model.generate(
@@ -128,7 +146,7 @@ def test_generation(name: str, cache: str, spied: list[Any]) -> None:
     assert_same(torch.stack(said[1].logits), torch.stack(said[0].logits), "logits")
     decoding = [layout for layout in spied if layout.q_len == 1]
     assert len(decoding) >= 14
-    if cache == "static" and name != "mistral":  # whose caches are all rings of the window
+    if cache == "static" and name not in ("mistral", "gemma4"):  # whose kernels see rings of the window alone
         assert any(layout.k_len > TOKENS + 1 for layout in spied)  # room for what is to come
 
 
@@ -146,19 +164,47 @@ def test_compiled_decoding_does_not_compile_again() -> None:
     assert backend.frame_count == 2
 
 
-def test_a_conversation_and_beams() -> None:
-    """Several tokens after a cache; and beams, whose caches change places."""
+def test_a_conversation() -> None:
+    """Several tokens after a cache."""
     model = model_of(FAMILIES["gemma3_text"]).double()
     ids = torch.randint(1, 60, (2, 20))
-    said, beams = [], []
+    said = []
     for attn in ("sdpa", "mirasol"):
         model.set_attn_implementation(attn)
         with torch.inference_mode():
             first = model(ids[:, :9], use_cache=True)
             said.append(model(ids[:, 9:], cache=first.cache).logits)
-            beams.append(model.generate(ids, num_beams=3, max_new_tokens=6, do_sample=False))
     assert_same(said[1], said[0], "logits")
-    assert torch.equal(beams[0], beams[1])
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "beams": {"num_beams": 3},  # whose caches change places
+    "prompt lookup": {"prompt_lookup_num_tokens": 3},  # caches that are cut back
+    "assistant": {"assistant_model": True},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_other_ways_to_generate(way: str, spied: list[Any]) -> None:
+    model, ids, said = model_of(FAMILIES["llama"]).double(), torch.randint(1, 60, (1, 20)), []
+    options = WAYS[way] | ({"assistant_model": model} if "assistant_model" in WAYS[way] else {})
+    for attn in ("sdpa", "mirasol"):
+        model.set_attn_implementation(attn)
+        said.append(model.generate(ids, max_new_tokens=12, do_sample=False, **options))
+    assert torch.equal(said[0], said[1]) and spied
+    assert way == "beams" or any(1 < layout.q_len < 20 for layout in spied)  # guesses, looked at together
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing(use_reentrant: bool, spied: list[Any]) -> None:
+    model = model_of(FAMILIES["gemma3"]).train()
+    inputs, real = inputs_of(FAMILIES["gemma3"], "left")
+    expected = trained(model, "mirasol", torch.float64, inputs, real)
+    calls = len(spied)
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    for got, want in zip(trained(model, "mirasol", torch.float64, inputs, real), expected, strict=True):
+        assert torch.equal(got, want)
+    assert len(spied) > 2 * calls
 
 
 def pi0() -> hf.PreTrainedModel:
@@ -169,18 +215,29 @@ def pi0() -> hf.PreTrainedModel:
     return hf.PI0ForConditionalGeneration(config)
 
 
-@pytest.mark.parametrize("padding", ["none", "left", "right"])
-def test_pi0(padding: str, spied: list[Any]) -> None:
-    """Actions that see each other and, through the cache, what came before: blocks that are not at the start."""
-    torch.manual_seed(0)
-    model = pi0().eval()
+def diffusion_gemma() -> hf.PreTrainedModel:
+    text = {**GEMMA4, "num_experts": 2, "top_k_experts": 1, "moe_intermediate_size": 16}
+    vision = {**GEMMA4_VISION, "model_type": "gemma4_vision"}
+    config = hf.DiffusionGemmaConfig(text_config=text, vision_config=vision, image_token_id=IMAGE, canvas_length=5)
+    return hf.DiffusionGemmaForBlockDiffusion(config)
+
+
+def prompt(padding: str) -> dict[str, Tensor]:
     ids, real = torch.randint(1, 60, (2, 12)), torch.ones(2, 12, dtype=torch.long)
     ids[:, 4:8] = IMAGE
     if padding != "none":
         real[0, {"left": slice(3), "right": slice(9, 12)}[padding]] = 0
-    inputs = {
-        "input_ids": ids,
-        "attention_mask": real,
+    return {"input_ids": ids, "attention_mask": real}
+
+
+@pytest.mark.parametrize("padding", ["none", "left", "right"])
+def test_pi0(padding: str, spied: list[Any]) -> None:
+    """Actions that see each other and, through the cache, what came before: blocks that are not at the start.
+
+    Not packed: it has no position_ids of its own, and its cache keeps transformers from looking for sequences in them.
+    """
+    model = model_of(Family(pi0))
+    inputs = prompt(padding) | {
         "pixel_values": torch.randn(2, 1, 3, 8, 8),
         "pixel_attention_mask": torch.ones(2, 1, dtype=torch.bool),
         "state": torch.randn(2, 6),
@@ -188,12 +245,30 @@ def test_pi0(padding: str, spied: list[Any]) -> None:
         "timestep": torch.rand(2),
         "actions": torch.randn(2, 5, 6),
     }
-    everything = torch.ones(2, 5, dtype=torch.bool)
-    exact = trained(model, "sdpa", torch.float64, inputs, everything)
-    ours = trained(model, "mirasol", torch.float64, inputs, everything)
-    for what, want, got in zip(("velocity", "gradients"), exact, ours, strict=True):
-        assert_same(got, want, what)
+    assert_trained_alike(model, "sdpa", inputs, torch.ones(2, 5, dtype=torch.bool))
     assert {(layout.q_len, layout.k_len) for layout in spied} == {(4, 4), (12, 12), (6, 18)}
+
+
+@pytest.mark.parametrize("padding", ["none", "left", "right"])
+def test_diffusion_gemma(padding: str, spied: list[Any]) -> None:
+    """A canvas that sees all of itself and of the prompt, under a window that its layers have and do not ask for."""
+    inputs = prompt(padding)
+    inputs["mm_token_type_ids"] = (inputs["input_ids"] == IMAGE).long()
+    inputs["input_ids"][inputs["input_ids"] == IMAGE] = 7
+    inputs["decoder_input_ids"] = torch.randint(1, 60, (2, 5))
+    inputs["decoder_attention_mask"] = torch.cat([inputs["attention_mask"], torch.ones(2, 5, dtype=torch.long)], 1)
+    assert_trained_alike(model_of(Family(diffusion_gemma)), "sdpa", inputs, torch.ones(2, 5, dtype=torch.bool))
+    assert any(layout.q_len == 5 < layout.k_len for layout in spied)
+
+
+def test_deepseek_ocr2(spied: list[Any]) -> None:
+    """Its encoder: patches that see each other, then causal queries."""
+    text = {k: v for k, v in TEXT.items() if k != "head_dim"}
+    config = deepseek_ocr2.DeepseekOcr2VisionEncoderConfig(**text, num_hidden_layers=2)
+    model = model_of(Family(lambda: modeling_deepseek_ocr2.DeepseekOcr2VisionEncoder(config)))
+    inputs = {"inputs_embeds": torch.randn(2, 12, 32), "num_patches": torch.tensor(6)}
+    assert_trained_alike(model, "sdpa", inputs, torch.ones(2, 12, dtype=torch.bool))
+    assert spied[0] == SnippetLayout.ragged([6, *[1] * 6])
 
 
 SMALL = {"vocab_size": 64, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 16, "pad_token_id": 0,
@@ -207,6 +282,14 @@ ENCODERS = {
         hf.BartConfig(vocab_size=64, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
                       decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16)
     ),
+    "embedding_gemma": lambda: hf.Gemma3TextModel(
+        hf.Gemma3TextConfig(**TEXT, num_hidden_layers=2, sliding_window=5, layer_types=SLIDING_AND_FULL,
+                            use_bidirectional_attention=True)
+    ),
+    "classifier": lambda: hf.Gemma3TextForSequenceClassification(
+        hf.Gemma3TextConfig(**TEXT, num_hidden_layers=2, sliding_window=5, layer_types=SLIDING_AND_FULL)
+    ),
+    "layoutlm": lambda: hf.LayoutLMModel(hf.LayoutLMConfig(**SMALL, num_hidden_layers=1)),  # a mask for all queries
     "deepseek_v3": lambda: hf.DeepseekV3Model(  # keys wider than values
         hf.DeepseekV3Config(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
                             num_attention_heads=4, num_key_value_heads=4, kv_lora_rank=8, q_lora_rank=8,
@@ -225,7 +308,8 @@ def test_other_kinds_of_models(name: str, spied: list[Any]) -> None:
     for attn in ("sdpa", "mirasol"):
         model.set_attn_implementation(attn)
         with torch.no_grad():
-            said.append(model(ids, attention_mask=real)[0][real.bool()])
+            out = model(ids, attention_mask=real)[0]
+        said.append(out[real.bool()] if out.shape[:2] == ids.shape else out)
     assert spied
     assert_same(said[1], said[0], name)
 
@@ -332,11 +416,20 @@ def test_every_mask_that_is_composed() -> None:
 def test_nothing_else_can_read_the_mask() -> None:
     mask = integration.attention_mask_of(2, 3, 3)
     assert mask.to("meta") is mask and repr(mask) == str(mask) == f"LayoutMask({mask.layout!r})"
+    rows = mask[:, :, -2:, :]
+    assert rows.shape == (2, 1, 2, 3) and torch.equal(rows.layout.dense_mask(), mask.layout.dense_mask()[:, -2:])
     bloom = hf.BloomForCausalLM(
         hf.BloomConfig(vocab_size=64, hidden_size=16, n_layer=1, n_head=2, attn_implementation="mirasol")
     )
-    with pytest.raises(TypeError, match="mirasol: this model does its attention by itself"):
-        bloom(torch.ones(1, 3, dtype=torch.long))
+    for wrong, message in (
+        (lambda: bloom(torch.ones(1, 3, dtype=torch.long)), "of the attention mask: a model that does its attention"),
+        (lambda: torch.zeros(3, 3) + mask, "add of the attention mask"),
+        (lambda: torch.cat([mask, mask], -1), "cat of the attention mask: .* or changes its masks: not served"),
+        (lambda: mask[:, :, :, :2], r"\[\(.*\)\] of the attention mask: not served"),
+        (lambda: mask[:, 0], r"\[\(.*\)\] of the attention mask: not served"),
+    ):
+        with pytest.raises(NotImplementedError, match=f"mirasol: .*{message}"):
+            wrong()
     with pytest.raises(
         AttributeError, match=r"mirasol: the attention mask is a SnippetLayout, not a tensor or .* dtype"
     ):
@@ -363,6 +456,44 @@ def test_dense_masks_and_none() -> None:
     call(None, is_causal=False)
     call(None, q_len=1)
     call(None, k_len=6, is_causal=False)
+    call(None, is_causal=False, sliding_window=2)  # as "sdpa" has it
+    call(dense[:, :, 3:].expand(2, -1, -1, -1))  # one row for all queries
+
+
+def test_a_dense_mask_for_a_model() -> None:
+    model, ids = model_of(FAMILIES["llama"]).double(), torch.randint(1, 60, (2, 6))
+    said = []
+    for attn in ("sdpa", "mirasol"):
+        model.set_attn_implementation(attn)
+        with torch.no_grad():
+            said.append(model(ids, attention_mask=SnippetLayout.ragged([2, 3, 1]).dense_mask()[None]).logits)
+    assert_same(said[1], said[0], "logits")
+
+
+def test_sinks_in_bfloat16() -> None:
+    """As gpt-oss computes them; a row that sees nothing, all of whose softmax is the sink's, is zero."""
+    module, mask = torch.nn.Module(), torch.ones(4, 6, dtype=torch.bool).tril(1)
+    mask[2] = False
+    module.num_key_value_groups, tensors = 2, [torch.randn(2, h, n, 8).bfloat16() for h, n in ((4, 4), (2, 6), (2, 6))]
+    tensors.append(torch.randn(4).bfloat16())
+
+    def both(dtype: torch.dtype) -> list[list[Tensor]]:
+        results = []
+        hidden = torch.zeros(4, 6, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)[None, None]
+        for function in (eager_attention_forward, integration.attention):
+            q, k, v, sinks = leaves = [x.to(dtype).requires_grad_() for x in tensors]
+            module.sinks = sinks
+            out = function(module, q, k, v, hidden, scaling=0.5, s_aux=sinks)[0]
+            results.append([out.detach(), *torch.autograd.grad(out.float().sin().sum(), leaves)])
+        return results
+
+    (exact, double), (low, ours) = both(torch.float64), both(torch.bfloat16)
+    assert not ours[0][:, 2].any()
+    for what, want, wide, got, reference in zip(
+        ("out", "dq", "dk", "dv", "dsinks"), exact, double, ours, low, strict=True
+    ):
+        assert_same(wide, want, what)
+        assert_within_budget(got, reference, want, what=what)
 
 
 @pytest.mark.parametrize(
