@@ -99,8 +99,8 @@ class LayoutMask(BlockMask):
     def __torch_function__(cls, function: Callable[..., Any], *_: Any) -> Any:
         # No TypeError: `scores + mask` would make another one of it, without the message.
         raise NotImplementedError(
-            f"{NAME}: {function.__name__} of the attention mask: a model that does its attention by itself, or changes its"
-            f" masks: {NOT_SERVED}"
+            f"{NAME}: {function.__name__} of the attention mask: a model that does its attention by itself, or changes"
+            f" its masks: {NOT_SERVED}"
         )
 
     def __repr__(self) -> str:

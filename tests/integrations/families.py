@@ -1,4 +1,4 @@
-"""Tiny models of random weights, one per family that transformers has, and inputs for each."""
+"""Tiny models of random weights, one per family that transformers has, inputs for each, and what compares them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from typing import Any
 import torch
 import transformers as hf
 from torch import Tensor
+
+from mirasol_kernels._check import peak
+from tests.numerics import assert_within_budget
 
 BATCH, TOKENS, IMAGE = 2, 14, 63  # IMAGE: the token that stands for a piece of an image
 TEXT: dict[str, Any] = {
@@ -156,7 +159,8 @@ def gemma4() -> hf.PreTrainedModel:
 def gemma4_unified() -> hf.PreTrainedModel:
     vision = {"mm_embed_dim": 16, "mm_posemb_size": 8, "output_proj_dims": 16, "patch_size": 4}
     config = hf.Gemma4UnifiedConfig(text_config={**GEMMA4, "global_head_dim": 16}, vision_config=vision,
-                                    audio_config=None, image_token_id=IMAGE, video_token_id=62, audio_token_id=61)  # fmt: skip
+                                    audio_config=None, image_token_id=IMAGE, video_token_id=62,
+                                    audio_token_id=61)  # fmt: skip
     return hf.Gemma4UnifiedForConditionalGeneration(config)
 
 
@@ -188,6 +192,21 @@ def qwen2_vl() -> hf.PreTrainedModel:
         image_token_id=IMAGE, video_token_id=62, vision_start_token_id=61, vision_end_token_id=60,
     )  # fmt: skip
     return hf.Qwen2VLForConditionalGeneration(config)
+
+
+def pi0() -> hf.PreTrainedModel:
+    gemma = {**TEXT, "model_type": "gemma", "num_hidden_layers": 2}
+    vlm = {"model_type": "paligemma", "text_config": gemma, "vision_config": SIGLIP, "projection_dim": 32,
+           "image_token_index": IMAGE}  # fmt: skip
+    config = hf.PI0Config(vlm_config=vlm, dit_config=gemma, chunk_size=5, max_state_dim=6, max_action_dim=6)
+    return hf.PI0ForConditionalGeneration(config)
+
+
+def diffusion_gemma() -> hf.PreTrainedModel:
+    text = {**GEMMA4, "num_experts": 2, "top_k_experts": 1, "moe_intermediate_size": 16}
+    vision = {**GEMMA4_VISION, "model_type": "gemma4_vision"}
+    config = hf.DiffusionGemmaConfig(text_config=text, vision_config=vision, image_token_id=IMAGE, canvas_length=5)
+    return hf.DiffusionGemmaForBlockDiffusion(config)
 
 
 FAMILIES = {
@@ -233,3 +252,45 @@ def inputs_of(family: Family, padding: str) -> tuple[dict[str, Tensor], Tensor]:
     elif padding == "packed":
         inputs["position_ids"] = torch.cat([torch.arange(5), torch.arange(TOKENS - 5)]).expand(BATCH, -1)
     return inputs, real
+
+
+# -------------------------------------------------------------------- compared
+
+
+def model_of(family: Family) -> hf.PreTrainedModel:
+    torch.manual_seed(0)
+    model = family.build().eval()
+    model.set_experts_implementation("eager")  # the others know no float64
+    return model
+
+
+def cast(inputs: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    return {name: x.to(dtype) if x.is_floating_point() else x for name, x in inputs.items()}
+
+
+def trained(model: hf.PreTrainedModel, name: str, dtype: torch.dtype, inputs: dict, real: Tensor) -> tuple[Tensor, ...]:
+    """Logits of the real tokens, and the gradients of all parameters in one."""
+    model = model.to(dtype)
+    model.set_attn_implementation(name)
+    model.zero_grad(set_to_none=True)
+    said = model(**cast(inputs, dtype))
+    logits = said.get("logits", said[0])[real]
+    torch.sin(logits).sum().backward()
+    grads = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+    return logits.detach(), torch.cat(grads)
+
+
+def assert_same(actual: Tensor, expected: Tensor, what: str) -> None:
+    """Of models in float64: many of their norms round to float32 whatever the dtype, which may tip either way."""
+    error, bound = peak(actual - expected), torch.finfo(torch.float32).eps * peak(expected)
+    assert error <= bound, f"{what}: error {error:.3e}, bound {bound:.3e}"
+
+
+def assert_trained_alike(model: hf.PreTrainedModel, reference: str, inputs: dict, real: Tensor) -> None:
+    exact = trained(model, reference, torch.float64, inputs, real)
+    double = trained(model, "mirasol", torch.float64, inputs, real)
+    low = trained(model, reference, torch.float32, inputs, real)
+    ours = trained(model, "mirasol", torch.float32, inputs, real)
+    for i, what in enumerate(("logits", "gradients")):
+        assert_same(double[i], exact[i], what)
+        assert_within_budget(ours[i], low[i], exact[i].double(), what=what)

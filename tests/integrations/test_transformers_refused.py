@@ -9,8 +9,7 @@ import torch
 import transformers as hf
 
 from mirasol_kernels.integrations import transformers as integration
-from tests.integrations.families import FAMILIES, TEXT, TOKENS, inputs_of
-from tests.integrations.test_transformers import model_of
+from tests.integrations.families import FAMILIES, TEXT, TOKENS, inputs_of, model_of
 
 integration.register()
 
@@ -85,6 +84,6 @@ def test_an_image_in_too_many_pieces() -> None:
 
 
 def test_an_older_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hf, "__version__", "5.3.0")
+    monkeypatch.setattr(integration.transformers, "__version__", "5.3.0")
     with pytest.raises(ImportError, match=r"mirasol: expected transformers 5\.4 or newer, got 5\.3\.0"):
         integration.register()
