@@ -272,6 +272,7 @@ def trained(model: hf.PreTrainedModel, name: str, dtype: torch.dtype, inputs: di
     """Logits of the real tokens, and the gradients of all parameters in one."""
     model = model.to(dtype)
     model.set_attn_implementation(name)
+    assert model.config._attn_implementation == name
     model.zero_grad(set_to_none=True)
     said = model(**cast(inputs, dtype))
     logits = said.get("logits", said[0])[real]

@@ -103,7 +103,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("way", WAYS)
 def test_other_ways_to_generate(way: str, spied: list[Any]) -> None:
-    model, ids, said = model_of(FAMILIES["llama"]).double(), torch.randint(1, 60, (1, 20)), []
+    model, ids, said = model_of(FAMILIES["gemma3_text"]).double(), torch.randint(1, 60, (1, 20)), []
     options = WAYS[way] | ({"assistant_model": model} if "assistant_model" in WAYS[way] else {})
     for attn in ("sdpa", "mirasol"):
         model.set_attn_implementation(attn)

@@ -118,3 +118,14 @@ def test_other_kinds_of_models(name: str, spied: list[Any]) -> None:
         said.append(out[real.bool()] if out.shape[:2] == ids.shape else out)
     assert spied
     assert_same(said[1], said[0], name)
+
+
+def test_paligemma_of_text_alone() -> None:
+    """With neither types nor padding, "sdpa" drops the causal mask and its modules say that they are not causal: there
+    every token sees all.  Here and in "eager" the mask is what the model asked for."""
+    model, ids, said = model_of(FAMILIES["paligemma"]).double(), torch.randint(1, 60, (2, 11)), []
+    for attn in ("eager", "mirasol"):
+        model.set_attn_implementation(attn)
+        with torch.no_grad():
+            said.append(model(ids).logits)
+    assert_same(said[1], said[0], "logits")
