@@ -83,6 +83,7 @@ class LayoutMask(BlockMask):
         self.layout.to(device)
         return self
 
+    @torch.compiler.disable
     def __getitem__(self, index: Any) -> LayoutMask:
         """[:, :, rows, :] alone: models that drop queries on the way (Gemma 4's layers of shared keys)."""
         b, h, rows, k = index if isinstance(index, tuple) and len(index) == 4 else (None,) * 4

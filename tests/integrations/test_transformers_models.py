@@ -14,6 +14,7 @@ from transformers.models.deepseek_ocr2 import modeling_deepseek_ocr2
 from mirasol_kernels import SnippetLayout
 from mirasol_kernels.integrations import transformers as integration
 from tests.integrations.families import (
+    FAMILIES,
     IMAGE,
     SLIDING_AND_FULL,
     TEXT,
