@@ -17,6 +17,7 @@ import transformers
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import (
     add_offsets_to_mask_function,
     and_masks,
@@ -28,19 +29,20 @@ from transformers.masking_utils import (
 
 from mirasol_kernels import _from_mask
 from mirasol_kernels.block_causal_attention import block_causal_attention
+from mirasol_kernels.block_causal_attention.api import LARGEST_HEAD
+from mirasol_kernels.context_parallel import part
 from mirasol_kernels.layout import SnippetLayout
 
 NAME = "mirasol"
 OLDEST = (5, 4)  # whose mask interface gets lengths and offsets
 WHERE = f"{NAME}: attention mask"
 
-WIDEST = 256  # of a head, for block_causal_attention
+NOT_SERVED = "not served; load the model with another attn_implementation"
 
 # What some models pass to their attention function and block_causal_attention does not do.
 REFUSED = {
     "softcap": "a soft cap of the scores",
-    "s_aux": "attention sinks",
-    "sinks": "attention sinks",
+    "sinks": "a sink for each token",
     "position_bias": "a bias of the scores",
     "indices": "keys chosen one by one",
     "block_indices": "key blocks chosen one by one",
@@ -62,7 +64,7 @@ class LayoutMask(BlockMask):
     """A layout in the place of a mask (B, 1, Nq, Nk): models hand it on, and nothing but `attention` can read it.
 
     It is a BlockMask by type alone, because that is what transformers returns as it came when a mask was prepared
-    before the forward pass (generation with a static cache).  Adding it to the scores is an error.
+    before the forward pass (generation with a static cache).  Whatever else is done with it is an error.
     """
 
     def __init__(self, layout: SnippetLayout, batch: int) -> None:  # not BlockMask's: there are no blocks
@@ -81,11 +83,26 @@ class LayoutMask(BlockMask):
         self.layout.to(device)
         return self
 
+    @torch.compiler.disable
+    def __getitem__(self, index: Any) -> LayoutMask:
+        """[:, :, rows, :] alone: models that drop queries on the way (Gemma 4's layers of shared keys)."""
+        b, h, rows, k = index if isinstance(index, tuple) and len(index) == 4 else (None,) * 4
+        if not (b == h == k == slice(None) and isinstance(rows, slice) and rows.step in (None, 1)):
+            raise NotImplementedError(f"{NAME}: [{index}] of the attention mask: {NOT_SERVED}")
+        begin, end, _ = rows.indices(self.layout.q_len)
+        queries, keys = np.array([[begin, max(begin, end)]]), np.array([[0, self.layout.k_len]])
+        return LayoutMask(part(self.layout, queries, keys), self.batch)
+
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(f"{NAME}: the attention mask is a SnippetLayout, not a tensor or a BlockMask: no {name}")
 
-    def __radd__(self, scores: Tensor) -> Tensor:
-        raise TypeError(f"{NAME}: this model does its attention by itself: load it with another attn_implementation")
+    @classmethod
+    def __torch_function__(cls, function: Callable[..., Any], *_: Any) -> Any:
+        # No TypeError: `scores + mask` would make another one of it, without the message.
+        raise NotImplementedError(
+            f"{NAME}: {function.__name__} of the attention mask: a model that does its attention by itself, or changes"
+            f" its masks: {NOT_SERVED}"
+        )
 
     def __repr__(self) -> str:
         return f"LayoutMask({self.layout!r})"
@@ -110,10 +127,11 @@ def attention_mask_of(
     """The mask interface: query i is token i + q_offset, key j is token j + kv_offset, attention_mask hides padding.
 
     attention_mask: bool (B, tokens so far).  use_vmap: mask_function takes 0-dimensional indices only.  config: the
-    model's, for what no layer of it may ask.
+    model's, which may ask for a soft cap: better refused here than by the first layer that has one.
     Raises ValueError naming the first query that sees more than four separate ranges of keys.
     """
-    _check_layers(config)
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        raise ValueError(f"{NAME}: config: attn_logit_softcapping: {REFUSED['softcap']}: {NOT_SERVED}")
     offset = int(q_offset)  # static caches keep it in a tensor
     padding = prepare_padding_mask(attention_mask, kv_length, kv_offset)
     if padding is not None and bool(padding[:, kv_offset : kv_offset + kv_length].all()):
@@ -130,15 +148,6 @@ def attention_mask_of(
     return LayoutMask(layout.to(device), batch_size)
 
 
-def _check_layers(config: Any) -> None:
-    """Before the first layer runs, for the sake of a later one: Gemma 4's last has wider heads."""
-    layers = getattr(config, "per_layer_config", None) or [config]
-    for layer in layers.values() if isinstance(layers, dict) else layers:
-        width = getattr(layer, "head_dim", None)
-        if isinstance(width, int) and width > WIDEST:
-            raise ValueError(f"{NAME}: config: expected head_dim 1 .. {WIDEST}, got {width}")
-
-
 def attention(
     module: nn.Module,
     query: Tensor,
@@ -148,27 +157,41 @@ def attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The attention interface: query (B, Hq, Nq, D), key (B, Hkv, Nk, D), value (B, Hkv, Nk, Dv) -> (B, Nq, Hq, Dv).
 
-    attention_mask: what `attention_mask_of` gave; or a dense (B or 1, 1, Nq, Nk), bool or added to the scores (zeros
-    and the lowest number alone); or None for all keys or, where is_causal (or else the module) says so, causal.
+    attention_mask: what `attention_mask_of` gave; or a dense (B or 1, 1, Nq or 1, Nk), bool or added to the scores
+    (zeros and the lowest number alone); or None for all keys or, where is_causal (or else the module) says so, causal.
+    s_aux: (Hq,), a logit per head that takes its part of the softmax and gives nothing (gpt-oss), differentiable too.
+    Heads wider than `block_causal_attention` takes are left to "sdpa", under the same mask made dense.
     Raises ValueError for what `block_causal_attention` does not do, before anything is computed.
     """
     for name, what in REFUSED.items():
         if kwargs.get(name) is not None and kwargs[name] is not False:
-            raise ValueError(f"{NAME}: {name}: {what}: not served; load this model with another attn_implementation")
+            raise ValueError(f"{NAME}: {name}: {what}: {NOT_SERVED}")
     if dropout:
         raise ValueError(f"{NAME}: dropout: expected 0, got {dropout}: set attention_dropout=0 in the config")
     if isinstance(attention_mask, LayoutMask):
         layout = attention_mask.layout
     elif attention_mask is not None:
-        layout = _of_dense(attention_mask, query.shape[0])
+        layout = _of_dense(attention_mask, query.shape[0], query.shape[2])
     else:
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         layout = _of_no_mask(query.shape[2], key.shape[2], causal, kwargs)
-    out = block_causal_attention(query, key, value, layout, scale=scaling)  # (B, Hq, Nq, Dv)
+    if max(query.shape[3], value.shape[3]) > LARGEST_HEAD:  # Gemma 4's full attention: 512
+        if s_aux is not None:
+            raise ValueError(f"{NAME}: s_aux: expected heads up to {LARGEST_HEAD} beside it, got {query.shape[3]}")
+        layout.validate(query.shape[2], key.shape[2], query.shape[0], op=NAME)
+        dense = layout.dense_mask(query.device)[:, None]
+        return sdpa_attention_forward(module, query, key, value, dense, scaling=scaling)
+    if s_aux is None:
+        out = block_causal_attention(query, key, value, layout, scale=scaling)  # (B, Hq, Nq, Dv)
+    else:
+        out, lse = block_causal_attention(query, key, value, layout, scale=scaling, return_lse=True)
+        # of exp(lse) + exp(sink), the part that is not the sink's
+        out = (out * torch.sigmoid(lse - s_aux.view(1, -1, 1))[..., None]).to(out.dtype)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -182,7 +205,7 @@ def _causal(q_len: int, k_len: int, ahead: int) -> SnippetLayout:
 
 @torch.compiler.disable
 def _of_no_mask(q_len: int, k_len: int, causal: bool, kwargs: dict[str, Any]) -> SnippetLayout:
-    for name in ("sliding_window", "cu_seq_lens_q"):
+    for name in ("sliding_window", "cu_seq_lens_q") if causal else ("cu_seq_lens_q",):
         if kwargs.get(name) is not None:
             raise ValueError(f"{NAME}: {name}: expected a mask of the mask interface beside it, got no mask")
     if not causal or q_len == 1:
@@ -193,11 +216,10 @@ def _of_no_mask(q_len: int, k_len: int, causal: bool, kwargs: dict[str, Any]) ->
 
 
 @torch.compiler.disable
-def _of_dense(mask: Tensor, batch: int) -> SnippetLayout:
+def _of_dense(mask: Tensor, batch: int, q_len: int) -> SnippetLayout:
     """The layout of a mask that somebody made himself.  Every layer does this again: let the mask interface make it."""
-    expected = (
-        f"{NAME}: attention_mask: expected what the mask interface gave, or bool or float (1 or {batch}, 1, Nq, Nk)"
-    )
+    shapes = f"(1 or {batch}, 1, 1 or Nq, Nk)"
+    expected = f"{NAME}: attention_mask: expected what the mask interface gave, or bool or float {shapes}"
     if not isinstance(mask, Tensor):
         raise ValueError(f"{expected}, got {type(mask).__name__}")
     shaped = mask.ndim == 4 and mask.shape[0] in (1, batch) and mask.shape[1] == 1
@@ -208,6 +230,8 @@ def _of_dense(mask: Tensor, batch: int) -> SnippetLayout:
         if not (hidden | (mask == 0)).all():
             raise ValueError(f"{NAME}: attention_mask: a bias of the scores: not served")
         mask = ~hidden
+    if mask.shape[2] == 1:  # keys hidden from all queries alike
+        mask = mask.expand(-1, -1, q_len, -1)
     b, _, q_len, k_len = mask.shape
     rows = _from_mask.lines_of(WHERE, lambda b, h, q, k: mask[:, :, q], q_len, k_len, b, mask.device)
     return SnippetLayout("mask", rows, k_len, len(rows) if len(rows) > 1 else None)

@@ -9,8 +9,7 @@ import torch
 import transformers as hf
 
 from mirasol_kernels.integrations import transformers as integration
-from tests.integrations.families import FAMILIES, TEXT, TOKENS, inputs_of
-from tests.integrations.test_transformers import model_of
+from tests.integrations.families import FAMILIES, TEXT, TOKENS, inputs_of, model_of
 
 integration.register()
 
@@ -20,12 +19,6 @@ def small(kind: type, config: type, **kwargs: Any) -> hf.PreTrainedModel:
 
 
 REFUSED = {
-    "softcap": (lambda: small(hf.Gemma2ForCausalLM, hf.Gemma2Config), {}, "softcap: a soft cap of the scores"),
-    "sinks": (
-        lambda: small(hf.GptOssForCausalLM, hf.GptOssConfig, num_local_experts=2, num_experts_per_tok=1),
-        {},
-        "s_aux: attention sinks: not served",
-    ),
     "bias": (
         lambda: hf.T5EncoderModel(hf.T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)),
         {},
@@ -41,11 +34,6 @@ REFUSED = {
         {"output_attentions": True},
         "output_attentions: the attention weights as a result",
     ),
-    "wide heads": (
-        lambda: small(hf.LlamaForCausalLM, hf.LlamaConfig, head_dim=512),
-        {},
-        "head_dim 1 .. 256, got 512",
-    ),
 }
 
 
@@ -58,16 +46,31 @@ def test_refused(name: str) -> None:
         model(torch.randint(3, 60, (1, 6)), **arguments)
 
 
-def test_wide_heads_of_a_later_layer_are_refused_before_the_first_runs() -> None:
-    kinds = ["sliding_attention", "full_attention"]
-    wide = {"layer_types": kinds, "num_hidden_layers": 2, "head_dim": 16, "global_head_dim": 512}
-    model = hf.Gemma4ForCausalLM(hf.Gemma4TextConfig(**{**TEXT, **wide}))
+def test_a_soft_cap_is_refused_before_the_first_layer_runs() -> None:
+    model = small(hf.Gemma2ForCausalLM, hf.Gemma2Config)
     model.set_attn_implementation("mirasol")
     ran: list[torch.nn.Module] = []
     model.model.layers[0].register_forward_pre_hook(lambda layer, _: ran.append(layer))
-    with pytest.raises(ValueError, match=r"mirasol: config: expected head_dim 1 .. 256, got 512"):
+    with pytest.raises(
+        ValueError, match="mirasol: config: attn_logit_softcapping: a soft cap of the scores: not served"
+    ):
         model(torch.randint(3, 60, (1, 6)))
     assert not ran
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"softcap": 50.0}, "softcap: a soft cap of the scores: not served"),
+        ({"sinks": torch.zeros(1, 2, 4, 1)}, "sinks: a sink for each token: not served"),
+        ({"indices": torch.zeros(1, 4, 2)}, "indices: keys chosen one by one: not served"),
+        ({"s_aux": torch.zeros(2)}, "s_aux: expected heads up to 256 beside it, got 300"),
+    ],
+)
+def test_arguments_refused(arguments: dict[str, Any], message: str) -> None:
+    q = torch.zeros(1, 2, 4, 300)
+    with pytest.raises(ValueError, match=f"mirasol: {message}"):
+        integration.attention(torch.nn.Module(), q, q, q, None, **arguments)
 
 
 def test_an_image_in_too_many_pieces() -> None:
@@ -81,6 +84,6 @@ def test_an_image_in_too_many_pieces() -> None:
 
 
 def test_an_older_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hf, "__version__", "5.3.0")
+    monkeypatch.setattr(integration.transformers, "__version__", "5.3.0")
     with pytest.raises(ImportError, match=r"mirasol: expected transformers 5\.4 or newer, got 5\.3\.0"):
         integration.register()
