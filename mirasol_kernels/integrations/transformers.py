@@ -8,6 +8,7 @@ attention function of each layer (transformers, masking_utils.py and modeling_ut
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -165,7 +166,7 @@ def attention(
     attention_mask: what `attention_mask_of` gave; or a dense (B or 1, 1, Nq or 1, Nk), bool or added to the scores
     (zeros and the lowest number alone); or None for all keys or, where is_causal (or else the module) says so, causal.
     s_aux: (Hq,), a logit per head that takes its part of the softmax and gives nothing (gpt-oss), differentiable too.
-    Heads wider than `block_causal_attention` takes are left to "sdpa", under the same mask made dense.
+    Heads wider than `block_causal_attention` takes are left to "sdpa", under the same mask made dense, with a warning.
     Raises ValueError for what `block_causal_attention` does not do, before anything is computed.
     """
     for name, what in REFUSED.items():
@@ -183,6 +184,10 @@ def attention(
     if max(query.shape[3], value.shape[3]) > LARGEST_HEAD:  # Gemma 4's full attention: 512
         if s_aux is not None:
             raise ValueError(f"{NAME}: s_aux: expected heads up to {LARGEST_HEAD} beside it, got {query.shape[3]}")
+        warnings.warn(
+            f"{NAME}: heads of {query.shape[3]}, wider than {LARGEST_HEAD}, run on sdpa under a dense mask",
+            stacklevel=2,
+        )
         layout.validate(query.shape[2], key.shape[2], query.shape[0], op=NAME)
         dense = layout.dense_mask(query.device)[:, None]
         return sdpa_attention_forward(module, query, key, value, dense, scaling=scaling)
