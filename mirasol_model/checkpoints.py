@@ -12,8 +12,10 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import warnings
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +76,8 @@ def save(
     meet()
     weights, moments = get_state_dict(bare(model), optimizer)
     state = {"model": weights, "optimizer": moments, "progress": dict(progress or {})}
-    writer = dcp.FileSystemWriter(growing, sync_files=True)
-    dcp.save(state, storage_writer=writer, no_dist=not dist.is_initialized())
+    with _alone_or_not():
+        dcp.save(state, storage_writer=dcp.FileSystemWriter(growing, sync_files=True))
     if first():
         sync(growing)
         growing.rename(whole)
@@ -111,7 +113,8 @@ def load(
     state = {"model": weights, "optimizer": moments, "progress": dict(progress or {})}
     # A parameter that had no gradient before the checkpoint has no state in it, and is given none here.
     planner = dcp.DefaultLoadPlanner(allow_partial_load=True)
-    dcp.load(state, storage_reader=dcp.FileSystemReader(path), planner=planner, no_dist=not dist.is_initialized())
+    with _alone_or_not():
+        dcp.load(state, storage_reader=dcp.FileSystemReader(path), planner=planner)
     set_state_dict(
         bare(model),
         optimizer,
@@ -123,6 +126,14 @@ def load(
         if not any(key.startswith(f"optimizer.state.{name}.") for key in saved):
             optimizer.state.pop(parameter, None)
     return done[-1]
+
+
+@contextmanager
+def _alone_or_not() -> Iterator[None]:
+    """It warns of being used by a single process, which is what is meant."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        yield
 
 
 def _complete(path: Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
@@ -68,8 +69,7 @@ def shard(model: Mirasol | SnippetParallel, mesh: DeviceMesh, kind: Literal["ddp
     "fsdp" gathers a block of the latent model and of the text decoder when it runs, which it does once in each forward
     pass, whatever the clips; all other parts, which run as often as a clip has snippets or not at all, are gathered
     once in each step, and their gradients reduced once. So ranks wait for each other equally often when their clips
-    differ in length or lack a modality; but all have text or none has. A parameter that only other ranks have a use for
-    gets their gradient, and one that nobody has a use for gets zeros.
+    differ in length or lack a modality; but all have text or none has.
     Raises ValueError naming the argument.
     """
     if mesh.ndim != 1:
@@ -87,7 +87,8 @@ def shard(model: Mirasol | SnippetParallel, mesh: DeviceMesh, kind: Literal["ddp
     for layer in layers:
         fully_shard(layer, mesh=mesh)
     inside = {parameter for layer in layers for parameter in layer.parameters()}
-    _use_all(mirasol, [name for name, parameter in mirasol.named_parameters() if parameter not in inside])
+    names = [name for name, parameter in mirasol.named_parameters() if parameter not in inside]
+    _use_alike(mirasol, names, mesh.get_group())
     fully_shard(mirasol, mesh=mesh)
     # What is called from outside beside `forward`, and gathers parameters too; none of them within another.
     for name in ("encode", "answer", *(["predict"] if isinstance(model, SnippetParallel) else [])):
@@ -96,30 +97,35 @@ def shard(model: Mirasol | SnippetParallel, mesh: DeviceMesh, kind: Literal["ddp
 
 
 class _Use(torch.autograd.Function):
-    """Zero, with a gradient of zeros for each parameter."""
+    """Zero. Its backward, after all other ones, gives gradients of zeros to the parameters that other ranks have one
+    for and this one has none."""
 
     @staticmethod
-    def forward(ctx: Any, *parameters: Tensor) -> Tensor:
-        ctx.shapes = [parameter.shape for parameter in parameters]
+    def forward(ctx: Any, group: Any, *parameters: Tensor) -> Tensor:
+        ctx.group, ctx.parameters = group, parameters
         return parameters[0].new_zeros(())
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
+        here = [parameter.grad is not None for parameter in ctx.parameters]
+        anywhere = torch.tensor(here, dtype=torch.int32, device=grad.device)
+        dist.all_reduce(anywhere, dist.ReduceOp.MAX, ctx.group)
+        missing = [used and not mine for used, mine in zip(anywhere.tolist(), here, strict=True)]
         zero = torch.zeros_like(grad)
-        return tuple(zero.expand(shape) for shape in ctx.shapes)
+        return None, *(zero.expand(p.shape) if m else None for p, m in zip(ctx.parameters, missing, strict=True))
 
 
-def _use_all(model: Mirasol, names: Sequence[str]) -> None:
-    """The parameters of these names have a gradient after every backward: `fully_shard` reduces what has one, and ranks
-    that reduce different parameters wait for each other, or worse."""
+def _use_alike(model: Mirasol, names: Sequence[str], group: Any) -> None:
+    """After backward the parameters of these names have a gradient on all ranks or on none: `fully_shard` reduces what
+    has one, and ranks that reduce different parameters wait for each other, or worse."""
     forward = model.forward
 
-    def all_used(*args: Any, **kwargs: Any) -> MirasolOutput:
-        zero = _Use.apply(*map(model.get_parameter, names))  # first here, hence last in backward
+    def alike(*args: Any, **kwargs: Any) -> MirasolOutput:
+        zero = _Use.apply(group, *map(model.get_parameter, names))  # first here, hence last in backward
         out = forward(*args, **kwargs)
         return out if out.loss is None else out._replace(loss=out.loss + zero)
 
-    model.forward = all_used  # type: ignore[method-assign]
+    model.forward = alike  # type: ignore[method-assign]
 
 
 @contextmanager

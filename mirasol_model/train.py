@@ -27,7 +27,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, Subset
@@ -190,8 +189,6 @@ class Trainer:
             for i, loss in enumerate((out.loss, *(out.losses[name] for name in PARTS))):
                 if loss is not None:
                     parts[:, i] += torch.stack([loss.detach().double(), parts.new_ones(())])
-        if isinstance(self.parallel, FSDPModule):
-            self.forget_zeros()
         norm = whole(nn.utils.clip_grad_norm_(self.model.parameters(), config.optimizer.clip))
         if not norm.isfinite():
             raise FloatingPointError(f"train: the gradients of step {step} are not finite")
@@ -213,17 +210,6 @@ class Trainer:
             "skipped": int(self.progress["skipped"]),
             "seconds": round(time.perf_counter() - begin, 4),
         }
-
-    def forget_zeros(self) -> None:
-        """A gradient of nothing but zeros becomes none: FSDP gives one to parameters that no clip had a use for, and
-        with it AdamW would move them."""
-        given = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
-        grads: list[Any] = [parameter.grad for parameter in given]
-        used = torch.stack([grad.to_local().count_nonzero() for grad in grads])
-        dist.all_reduce(used)
-        for parameter, count in zip(given, used.tolist(), strict=True):
-            if count == 0:
-                parameter.grad = None
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, Any]:

@@ -74,7 +74,7 @@ def test_a_checkpoint_of_another_model_or_not_complete_is_refused(tmp_path: Path
         with pytest.raises(ValueError, match=r"load: folder: .*step-00000001 is of another model: model\." + what):
             load(tmp_path, unlike, training.adam(unlike))
     assert all(torch.equal(a, b) for a, b in zip(before, other.parameters(), strict=True))
-    with pytest.raises(ValueError, match="load: progress: expected names that .* has, got 'step'"):
+    with pytest.raises(ValueError, match=r"load: progress: expected names that .* has, got 'step'"):
         load(tmp_path, made, optimizer, {"step": torch.zeros(())})
 
     (whole,) = tmp_path.iterdir()
