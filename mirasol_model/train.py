@@ -289,7 +289,7 @@ class Trainer:
     def export(self) -> None:
         """<out>/model: what `Mirasol.from_pretrained` reads, and tokenizer.json. Every process calls it."""
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        weights = get_model_state_dict(self.model, options=options)  # of all, in the first process
+        weights: Any = get_model_state_dict(self.model, options=options)  # of all, in the first process
         if not checkpoints.first():
             return
         with torch.device("meta"):
