@@ -97,22 +97,24 @@ def shard(model: Mirasol | SnippetParallel, mesh: DeviceMesh, kind: Literal["ddp
 
 
 class _Use(torch.autograd.Function):
-    """Zero. Its backward, after all other ones, gives gradients of zeros to the parameters that other ranks have one
-    for and this one has none."""
+    """Zero, of a zero that has a gradient. Its backward gives gradients of zeros to the parameters for which other ranks
+    have one and this one has none. Made before all other nodes, it runs after them; and parameters are not its inputs,
+    for their gradients would wait for it."""
 
     @staticmethod
-    def forward(ctx: Any, group: Any, *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, zero: Tensor, group: Any, parameters: Sequence[Tensor]) -> Tensor:
         ctx.group, ctx.parameters = group, parameters
-        return parameters[0].new_zeros(())
+        return zero.clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         here = [parameter.grad is not None for parameter in ctx.parameters]
         anywhere = torch.tensor(here, dtype=torch.int32, device=grad.device)
         dist.all_reduce(anywhere, dist.ReduceOp.MAX, ctx.group)
-        missing = [used and not mine for used, mine in zip(anywhere.tolist(), here, strict=True)]
-        zero = torch.zeros_like(grad)
-        return None, *(zero.expand(p.shape) if m else None for p, m in zip(ctx.parameters, missing, strict=True))
+        for parameter, used in zip(ctx.parameters, anywhere.tolist(), strict=True):
+            if used and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        return None, None, None
 
 
 def _use_alike(model: Mirasol, names: Sequence[str], group: Any) -> None:
@@ -121,7 +123,8 @@ def _use_alike(model: Mirasol, names: Sequence[str], group: Any) -> None:
     forward = model.forward
 
     def alike(*args: Any, **kwargs: Any) -> MirasolOutput:
-        zero = _Use.apply(group, *map(model.get_parameter, names))  # first here, hence last in backward
+        parameters = [model.get_parameter(name) for name in names]
+        zero = _Use.apply(parameters[0].new_zeros((), requires_grad=True), group, parameters)
         out = forward(*args, **kwargs)
         return out if out.loss is None else out._replace(loss=out.loss + zero)
 
