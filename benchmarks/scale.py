@@ -1,13 +1,14 @@
 """What a training step of one long clip costs on 1 to 64 GPUs, without a GPU: bytes moved, flops, memory of a rank.
 
-python -m benchmarks.scale [--preset 3b] [--combiner current] [--frames 4096] [--gpus 1 8 64] [--largest 80 141]
+python -m benchmarks.scale [--preset 3b] [--combiner current] [--frames 4096] [--gpus 1 2 4 8 ...] [--largest 80 141]
     [--tflops 400 --gbps 200 | --rates FILE]
 
 The step itself runs, `shard(SnippetParallel(Mirasol))` with AdamW as rank 0 of that many, on fake tensors and in a
 fake process group: every storage, matmul and message is counted, and nothing is computed. What is counted is exact for
 this code, but for what an allocator wastes and a kernel keeps for itself; long clips follow from short ones (`NEAR`).
-Time is not counted: it is flops over a rate and bytes over a rate. --rates reads the rate of matmuls from a results file of a GPU (`ceilings`); --tflops and --gbps
-are assumptions, and are printed and written down as such. Without rates there are no times.
+Time is not counted: it is flops over a rate and bytes over a rate. --rates reads the rate of matmuls from a results
+file of a GPU (`ceilings`); --tflops and --gbps are assumptions, and are printed and written down as such. Without rates
+there are no times.
 """
 
 from __future__ import annotations
