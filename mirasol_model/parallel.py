@@ -97,8 +97,8 @@ def shard(model: Mirasol | SnippetParallel, mesh: DeviceMesh, kind: Literal["ddp
 
 
 class _Use(torch.autograd.Function):
-    """Zero, of a zero that has a gradient. Its backward gives gradients of zeros to parameters for which other ranks have
-    one and this one has none. Made before all other nodes, it runs after them; and parameters are not its inputs,
+    """Zero, of a zero that has a gradient. Its backward gives gradients of zeros to parameters that have none here but
+    on other ranks. Made before all other nodes, it runs after them; and parameters are not its inputs,
     for their gradients would wait for it."""
 
     @staticmethod
