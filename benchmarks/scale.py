@@ -1,13 +1,14 @@
 """What a training step of one long clip costs on 1 to 64 GPUs, without a GPU: bytes moved, flops, memory of a rank.
 
-python -m benchmarks.scale [--preset 3b] [--combiner current] [--frames 4096] [--gpus 1 8 64] [--largest 80 141]
+python -m benchmarks.scale [--preset 3b] [--combiner current] [--frames 4096] [--gpus 1 2 4 8 ...] [--largest 80 141]
     [--tflops 400 --gbps 200 | --rates FILE]
 
 The step itself runs, `shard(SnippetParallel(Mirasol))` with AdamW as rank 0 of that many, on fake tensors and in a
 fake process group: every storage, matmul and message is counted, and nothing is computed. What is counted is exact for
-this code, but for what an allocator wastes and a kernel keeps for itself. Time is not counted: it is flops over a rate
-and bytes over a rate. --rates reads the rate of matmuls from a results file of a GPU (`ceilings`); --tflops and --gbps
-are assumptions, and are printed and written down as such. Without rates there are no times.
+this code, but for what an allocator wastes and a kernel keeps for itself; long clips follow from short ones (`NEAR`).
+Time is not counted: it is flops over a rate and bytes over a rate. --rates reads the rate of matmuls from a results
+file of a GPU (`ceilings`); --tflops and --gbps are assumptions, and are printed and written down as such. Without rates
+there are no times.
 """
 
 from __future__ import annotations
@@ -64,12 +65,16 @@ def fake_model(config: MirasolConfig) -> Mirasol:
 
 
 class Live(TorchDispatchMode):
-    """Bytes of all storages that are alive, now and at most; and what `fully_shard` receives."""
+    """Bytes of all storages that are alive, now and at most; what `fully_shard` receives; and flops, by the formulas of
+    FlopCounterMode, which itself would take as long as all the rest: it tries to decompose every operator."""
 
-    def __init__(self) -> None:
+    def __init__(self, formulas: dict[Any, Any]) -> None:
         super().__init__()
-        self.now = self.peak = self.received = 0
+        self.now = self.received = self.flops = 0
         self.sizes: dict[int, int] = {}
+        self.stage = self.layer = ""  # what runs: of the step, and of the model
+        self.peaks: dict[str, int] = {}  # of each
+        self.formulas = FlopCounterMode(display=False, custom_mapping=formulas).flop_registry
 
     def note(self, x: Any) -> None:
         if not isinstance(x, Tensor):
@@ -85,11 +90,19 @@ class Live(TorchDispatchMode):
         if size is not None:
             self.sizes[key] = size
             self.now += size
-            self.peak = max(self.peak, self.now)
+            where = f"{self.stage} {self.layer}"
+            self.peaks[where] = max(self.peaks.get(where, 0), self.now)
+
+    def enter(self, layer: str) -> None:
+        self.layer = layer
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        if func.namespace == "prim":  # a fake tensor that is asked for its device, which is half of all calls
+            return out
         tree_map(self.note, out)
+        if formula := self.formulas.get(func.overloadpacket):
+            self.flops += formula(*args, **(kwargs or {}), out_val=out)
         if func.namespace == "c10d":  # a ring: all arrives but one's own; and as much, reduced on its way
             sizes = sorted(x.numel() * x.element_size() for x in args[:2] if isinstance(x, Tensor))
             if func._opname in ("_allgather_base_", "_reduce_scatter_base_"):
@@ -128,7 +141,7 @@ def step(config: MirasolConfig, frames: int, gpus: int) -> dict[str, Any]:
 def _step(config: MirasolConfig, frames: int, mesh: DeviceMesh, mapping: dict[Any, Any]) -> dict[str, Any]:
     gpus = mesh.size()
     size, snippets = config.video.size, -(-frames // config.video.frames)
-    model, ranks, live = fake_model(config), Ranks(mesh), Live()
+    model, ranks, live = fake_model(config), Ranks(mesh), Live(mapping)
     parameters = sum(p.numel() for p in model.parameters())
     with live.watching():
         wrapped: nn.Module = shard(SnippetParallel(model, ranks), mesh) if gpus > 1 else model
@@ -138,14 +151,21 @@ def _step(config: MirasolConfig, frames: int, mesh: DeviceMesh, mapping: dict[An
         text, age = torch.ones(1, WORDS, dtype=torch.int64), np.arange(snippets, 0, -1)[None]
         host = 0 if gpus == 1 else video.nbytes + audio.nbytes  # the whole clip is on the host, not on the device
         tree_map(live.note, list(wrapped.parameters()))
+        for name, module in model.named_modules():
+            if isinstance(module, nn.ModuleList):
+                for i, layer in enumerate(module):  # also when it is computed again, in backward
+                    layer.register_forward_pre_hook(lambda *_, where=f"{name}.{i}": live.enter(where))
 
         def once() -> None:
+            live.stage, live.layer = "forward", ""
             with torch.autocast("cpu", torch.bfloat16):
                 out = wrapped(video, audio)
                 # Not as labels of `forward`, which looks at their values.
                 logits = model.text(text, model.text.remember(out.latents, age))
                 words = nn.functional.cross_entropy(logits.float().flatten(0, 1), text.flatten())
+            live.stage = "backward"
             (out.loss + words).backward()
+            live.stage, live.layer = "optimizer", ""
             optimizer.step()
             optimizer.zero_grad()
 
@@ -153,20 +173,68 @@ def _step(config: MirasolConfig, frames: int, mesh: DeviceMesh, mapping: dict[An
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()  # it has its states from here on
         optimizer.zero_grad()
-        resting, live.peak, live.received, ranks.received = live.now, live.now, 0, 0
-        with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
-            once()
+        resting, live.peaks, live.received, live.flops, ranks.received = live.now, {}, 0, 0, 0
+        once()
+        peaks = {where: peak - host for where, peak in live.peaks.items()}
     return {
         "gpus": gpus,
         "frames": frames,
         "snippets": snippets,
         "parameters": parameters,
-        "flops": counter.get_total_flops(),
+        "flops": live.flops,
         "tokens_received": ranks.received,
         "parameters_received": live.received,
         "resting_bytes": resting - host,
-        "peak_bytes": live.peak - host,
+        "peak_bytes": max(peaks.values()),
+        "peaks": peaks,
     }
+
+
+# Snippets of a rank with which steps are counted. In longer clips nothing new happens: flops are a polynomial of second
+# degree in the snippets of a rank (attention of the latent model), bytes a line, and memory a line in each layer of the
+# model, forward and backward; its peak is the highest of those.
+NEAR = (16, 24, 32)
+
+
+def near(config: MirasolConfig, gpus: int) -> list[dict[str, Any]]:
+    return [step(config, n * gpus * config.video.frames, gpus) for n in NEAR]
+
+
+def far(rows: Sequence[dict[str, Any]], snippets: int) -> dict[str, Any]:
+    """What `step` would count with so many snippets of each rank, a multiple of 8, from `near`.
+
+    bend: the largest of what memory of a layer differs from a line at NEAR, over the peak.
+    """
+    t = (snippets - NEAR[0]) // (NEAR[1] - NEAR[0])
+
+    def at(a: int, b: int, c: int) -> int:
+        return a + t * (b - a) + t * (t - 1) // 2 * (a - 2 * b + c)
+
+    known = ("flops", "tokens_received", "parameters_received", "resting_bytes")
+    peaks = {where: [row["peaks"][where] for row in rows] for where in rows[-1]["peaks"]}
+    lines = {where: c + (t - 2) * (c - b) for where, (_, b, c) in peaks.items()}
+    peak = max(lines.values())
+    gpus, parameters = rows[0]["gpus"], rows[0]["parameters"]
+    return {
+        "gpus": gpus,
+        "frames": snippets * gpus * rows[0]["frames"] // rows[0]["snippets"],
+        "snippets": snippets * gpus,
+        "parameters": parameters,
+        **{key: at(*(row[key] for row in rows)) for key in known},
+        "peak_bytes": peak,
+        "peaks": lines,
+        "bend": max(abs(a - 2 * b + c) for where, (a, b, c) in peaks.items() if lines[where] > 0.9 * peak) / peak,
+    }
+
+
+def count(config: MirasolConfig, frames: int, gpus: int, counted: dict[int, list[dict[str, Any]]]) -> dict[str, Any]:
+    """`step`, or where that takes long `far`. counted: `near` of each number of GPUs, which is added to."""
+    snippets, rest = divmod(frames, gpus * config.video.frames)
+    if rest or snippets % 8 or snippets <= NEAR[-1]:
+        return step(config, frames, gpus)
+    if gpus not in counted:
+        counted[gpus] = near(config, gpus)
+    return far(counted[gpus], snippets)
 
 
 class Rates(NamedTuple):
@@ -203,20 +271,23 @@ def read_rates(options: argparse.Namespace) -> Rates | None:
     return Rates(options.tflops * 1e12, received, f"{source}, ASSUMED, not measured")
 
 
-def largest(config: MirasolConfig, limits: Sequence[float]) -> dict[str, Any]:
-    """The longest clip whose step stays below each limit of bytes on one GPU: peak memory is linear in snippets.
+def largest(rows: Sequence[dict[str, Any]], limits: Sequence[float]) -> dict[str, Any]:
+    """The longest clip, in steps of 8 snippets, whose training step stays below each limit in GB on one GPU.
 
-    Two lengths make the line, and a third says how straight it is.
+    rows: `near` of one GPU.
     """
-    counts = (16, 32, 64)
-    peaks = [step(config, n * config.video.frames, 1)["peak_bytes"] for n in counts]
-    slope = (peaks[1] - peaks[0]) / (counts[1] - counts[0])
-    at = peaks[0] - slope * counts[0]
+    each = rows[0]["frames"] // rows[0]["snippets"]
+    lines = [(row, rows[2]["peaks"][where]) for where, row in rows[1]["peaks"].items()]  # at 24 and at 32 snippets
+    steepest = max(high - low for low, high in lines)
+
+    def eights(limit: float) -> int:
+        if any(high <= low and low > limit for low, high in lines):
+            return 0
+        return min(4 + int((limit - high) // (high - low)) for low, high in lines if high > low)
+
     return {
-        "bytes_without_a_clip": at,
-        "bytes_per_snippet": slope,
-        "error_at_64_snippets": (at + slope * counts[2]) / peaks[2] - 1,
-        "frames": {f"{limit:g}": max(0, int((limit * GB - at) / slope)) * config.video.frames for limit in limits},
+        "bytes_per_snippet": steepest / 8,
+        "frames": {f"{limit:g}": max(0, 8 * each * eights(limit * GB)) for limit in limits},
     }
 
 
@@ -238,7 +309,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--preset", choices=PRESETS, default="3b")
     parser.add_argument("--combiner", choices=COMBINERS, default="current")
     parser.add_argument("--frames", type=positive, default=4096)
-    parser.add_argument("--gpus", type=positive, nargs="+", default=[1, 8, 64])
+    parser.add_argument("--gpus", type=positive, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
     parser.add_argument("--largest", type=float, nargs="*", default=[80, 141], help="memory of one GPU in GB")
     parser.add_argument("--tflops", type=float, help="assumed rate of matmuls, in bfloat16")
     parser.add_argument("--gbps", type=float, help="assumed GB/s that a GPU receives")
@@ -252,10 +323,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     if max(options.gpus) * config.video.frames > options.frames:
         parser.error(f"--gpus: expected a snippet of {config.video.frames} frames for each, got {max(options.gpus)}")
+    counted: dict[int, list[dict[str, Any]]] = {}
     rows = []
     for gpus in tqdm(options.gpus, disable=None):
-        row = step(config, options.frames, gpus)
-        rows.append(row | (rates.times(row) if rates else {}))
+        row = count(config, options.frames, gpus, counted)
+        rows.append({key: x for key, x in row.items() if key != "peaks"} | (rates.times(row) if rates else {}))
     report: dict[str, Any] = {"machine": harness.commit(), "preset": options.preset, "combiner": options.combiner}
     report |= {"rates": rates.source if rates else None, "rows": rows}
     print(f"{options.preset}, Combiner {options.combiner}: a training step of one clip of {options.frames} frames,")
@@ -264,11 +336,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(
         f"times: {rates.source}" if rates else "no times: no rate is measured (--rates) or assumed (--tflops, --gbps)"
     )
+    if bends := [row["bend"] for row in rows if "bend" in row]:
+        print(
+            f"long clips: on lines through {', '.join(map(str, NEAR))} snippets a rank, off by {max(bends):.2g} there"
+        )
     if options.largest:
-        report["largest"] = fits = largest(config, options.largest)
+        report["largest"] = fits = largest(counted.get(1) or near(config, 1), options.largest)
         for limit, frames in fits["frames"].items():
             print(f"longest clip on one GPU of {limit} GB: {frames} frames")
-        print(f"(a line through 16 and 32 snippets, off by {100 * fits['error_at_64_snippets']:.2g} % at 64)")
     options.out.mkdir(parents=True, exist_ok=True)
     file = options.out / f"scale-{options.preset}-{options.combiner}.json"
     file.write_text(json.dumps(report, indent=1) + "\n")

@@ -1,25 +1,26 @@
-"""A model on several processes of torch.distributed: its clips shared out by rows, or one clip by snippets; and
-checkpoints that any number of processes can go on from.
+"""A model on several processes of torch.distributed: its clips shared out by rows, or one clip by snippets.
 
     mesh = init_device_mesh("cuda", (8,))
     model = shard(Mirasol(config), mesh)                                     # every rank its own rows
     model = shard(SnippetParallel(Mirasol(config), Ranks(mesh)), mesh)       # every rank its own snippets of all rows
     optimizer = torch.optim.AdamW(model.parameters())                        # after shard
+
+`mirasol_model.checkpoints` saves and loads what is sharded.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
+import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Optimizer
 
 from mirasol_kernels import Ranks, snippet_owners
 from mirasol_model.model import Mirasol, MirasolOutput
@@ -63,7 +64,12 @@ def shard(model: Mirasol | SnippetParallel, mesh: DeviceMesh, kind: Literal["ddp
     """The model for training on the ranks of a one-dimensional mesh; gradients are the mean over them.
 
     "ddp" keeps all parameters on every rank (DistributedDataParallel, which this wraps around the model); "fsdp" keeps
-    a share of them, and gathers a layer when it runs (`fully_shard`, in place). Make the optimiser afterwards.
+    a share of them (`fully_shard`, in place). Make the optimiser afterwards.
+
+    "fsdp" gathers a block of the latent model and of the text decoder when it runs, which it does once in each forward
+    pass, whatever the clips; all other parts, which run as often as a clip has snippets or not at all, are gathered
+    once in each step, and their gradients reduced once. So ranks wait for each other equally often when their clips
+    differ in length or lack a modality; but all have text or none has.
     Raises ValueError naming the argument.
     """
     if mesh.ndim != 1:
@@ -73,16 +79,76 @@ def shard(model: Mirasol | SnippetParallel, mesh: DeviceMesh, kind: Literal["ddp
     if kind == "ddp":  # a batch may lack a modality or the text, and with them parameters
         return DistributedDataParallel(model, device_mesh=mesh, find_unused_parameters=True)
     mirasol = bare(model)
-    for module in list(mirasol.modules()):
-        for layer in module if isinstance(module, nn.ModuleList) else ():
-            fully_shard(layer, mesh=mesh)
+    # It warns of outputs that are views, which must not be written to: nothing here does that.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+    # Keys and values of the clip are made before the text runs: of them alone, else a block would be gathered twice.
+    keys = [block.key_value for block in mirasol.text.blocks]
+    layers = [*mirasol.latent.blocks, *keys, *mirasol.text.blocks]
+    for layer in layers:
+        fully_shard(layer, mesh=mesh)
+    inside = {parameter for layer in layers for parameter in layer.parameters()}
+    names = [name for name, parameter in mirasol.named_parameters() if parameter not in inside]
+    _use_alike(mirasol, names, mesh.get_group())
     fully_shard(mirasol, mesh=mesh)
-    # What is called from outside beside `forward`, and gathers parameters too.
-    calls = [(mirasol, name) for name in ("encode", "answer", "generate")]
-    calls += [(mirasol, "predict")] if isinstance(model, SnippetParallel) else []
-    for part, name in [*calls, *((block, "remember") for block in mirasol.text.blocks)]:
-        register_fsdp_forward_method(part, name)
+    # What is called from outside beside `forward`, and gathers parameters too; none of them within another.
+    for name in ("encode", "answer", *(["predict"] if isinstance(model, SnippetParallel) else [])):
+        register_fsdp_forward_method(mirasol, name)
     return model
+
+
+class _Use(torch.autograd.Function):
+    """Zero, of a zero that has a gradient. Its backward gives gradients of zeros to parameters that have none here but
+    on other ranks. Made before all other nodes, it runs after them; and parameters are not its inputs,
+    for their gradients would wait for it."""
+
+    @staticmethod
+    def forward(ctx: Any, zero: Tensor, group: Any, parameters: Sequence[Tensor]) -> Tensor:
+        ctx.group, ctx.parameters = group, parameters
+        return zero.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        here = [parameter.grad is not None for parameter in ctx.parameters]
+        anywhere = torch.tensor(here, dtype=torch.int32, device=grad.device)
+        dist.all_reduce(anywhere, dist.ReduceOp.MAX, ctx.group)
+        for parameter, used in zip(ctx.parameters, anywhere.tolist(), strict=True):
+            if used and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        return None, None, None
+
+
+def _use_alike(model: Mirasol, names: Sequence[str], group: Any) -> None:
+    """After backward the parameters of these names have a gradient on all ranks or on none: `fully_shard` reduces what
+    has one, and ranks that reduce different parameters wait for each other, or worse."""
+    forward = model.forward
+
+    def alike(*args: Any, **kwargs: Any) -> MirasolOutput:
+        parameters = [model.get_parameter(name) for name in names]
+        zero = _Use.apply(parameters[0].new_zeros((), requires_grad=True), group, parameters)
+        out = forward(*args, **kwargs)
+        return out if out.loss is None else out._replace(loss=out.loss + zero)
+
+    model.forward = alike  # type: ignore[method-assign]
+
+
+@contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """Within, every rank of "fsdp" has all parameters, and calls the model as it likes, without waiting for the others.
+
+    For evaluation: without gradients no other memory is large, and a rank has more to ask, or to say, than another.
+    Every rank of the group enters and leaves it. It does nothing for other models.
+    """
+    layers = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    root = bare(model)
+    for layer in layers:
+        layer.set_reshard_after_forward(False, recurse=False)
+        layer.unshard()
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.set_reshard_after_forward(layer is not root, recurse=False)
+            layer.reshard()
 
 
 def bare(model: nn.Module) -> Mirasol:
@@ -91,42 +157,3 @@ def bare(model: nn.Module) -> Mirasol:
         model = model.module if isinstance(model, DistributedDataParallel) else model.model
     assert isinstance(model, Mirasol)
     return model
-
-
-def save(folder: Path | str, model: nn.Module, optimizer: Optimizer) -> None:
-    """Model and optimiser in torch.distributed.checkpoint's format. Every rank calls it, and writes its share.
-
-    Until its last file, `.metadata`, is there, the checkpoint is incomplete, and `load` refuses it.
-    """
-    dcp.save(_state(model, optimizer), checkpoint_id=folder, no_dist=not dist.is_initialized())
-
-
-def load(folder: Path | str, model: nn.Module, optimizer: Optimizer) -> None:
-    """Go on from what `save` wrote, on as many ranks as there are now, sharded as they are now, or in one process.
-
-    Raises ValueError if that is not complete, or of another model, before anything changes.
-    """
-    if not (Path(folder) / ".metadata").exists():
-        raise ValueError(f"load: folder: expected a complete checkpoint, got {folder} without .metadata")
-    state = _state(model, optimizer)
-    saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
-    if missing := [name for name in state["model"] if f"model.{name}" not in saved]:
-        raise ValueError(f"load: folder: expected a checkpoint of this model, got one without {', '.join(missing)}")
-    # A parameter that had no gradient so far has no state in the checkpoint, and is given none here.
-    planner = dcp.DefaultLoadPlanner(allow_partial_load=True)
-    dcp.load(state, checkpoint_id=folder, planner=planner, no_dist=not dist.is_initialized())
-    set_state_dict(
-        bare(model),
-        optimizer,
-        model_state_dict=state["model"],
-        optim_state_dict=state["optimizer"],
-        options=StateDictOptions(strict=False),
-    )
-    for name, parameter in bare(model).named_parameters():
-        if not any(key.startswith(f"optimizer.state.{name}.") for key in saved):
-            optimizer.state.pop(parameter, None)
-
-
-def _state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-    of_model, of_optimizer = get_state_dict(bare(model), optimizer)
-    return {"model": of_model, "optimizer": of_optimizer}

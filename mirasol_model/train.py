@@ -2,7 +2,8 @@
 
 The run goes on from its last checkpoint, if there is one in its folder, exactly as if it had never stopped: model and
 optimiser come from there, the learning rate, the order of the data and all random numbers are functions of the step.
-Under torchrun the processes share the work (DDP).
+Under torchrun the processes share the work, as `shard` in the configuration says: each has the whole model (DDP), or a
+share of it (FSDP2).
 """
 
 from __future__ import annotations
@@ -23,12 +24,16 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from mirasol_model import Mirasol, MirasolConfig, checkpoints
 from mirasol_model.data import Attempts, BadExample, Batch, Collate, Order, open_data
+from mirasol_model.parallel import gathered, shard
 from mirasol_model.run_log import RunLog, plot
 from mirasol_model.tokens import Text
 from mirasol_model.train_config import OptimizerConfig, TrainConfig, differences
@@ -101,12 +106,10 @@ class Trainer:
         self.skipped = 0  # by this process since its last step
         self.log: RunLog | None = None
 
-    def wrap(self, model: nn.Module) -> nn.Module:
+    def wrap(self, model: Mirasol) -> nn.Module:
         if self.ranks == 1:
             return model
-        devices = None if self.device.type == "cpu" else [self.device]
-        # Clips without sound leave parameters without a gradient, and not on every process at once.
-        return DistributedDataParallel(model, device_ids=devices, find_unused_parameters=True)
+        return shard(model, init_device_mesh(self.device.type, (self.ranks,)), self.config.shard)
 
     # ------------------------------------------------------------------------------------------------------- data
 
@@ -153,7 +156,8 @@ class Trainer:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16)
 
     def alone(self) -> AbstractContextManager:
-        """Gradients stay with their process: more are to come before the step."""
+        """Gradients stay with their process: more are to come before the step. With FSDP they do not: it is there to
+        spare the memory of whole ones."""
         return self.parallel.no_sync() if isinstance(self.parallel, DistributedDataParallel) else nullcontext()
 
     def forward(self, batch: Batch) -> Any:
@@ -185,7 +189,7 @@ class Trainer:
             for i, loss in enumerate((out.loss, *(out.losses[name] for name in PARTS))):
                 if loss is not None:
                     parts[:, i] += torch.stack([loss.detach().double(), parts.new_ones(())])
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.optimizer.clip)
+        norm = whole(nn.utils.clip_grad_norm_(self.model.parameters(), config.optimizer.clip))
         if not norm.isfinite():
             raise FloatingPointError(f"train: the gradients of step {step} are not finite")
         self.optimizer.step()
@@ -217,14 +221,15 @@ class Trainer:
         bad = 0
         mine = Subset(self.questions, range(self.rank, len(self.questions), self.ranks))  # type: ignore[arg-type]
         self.model.eval()
-        for batch, skipped in self.loader(mine, batch_size=self.config.batch):
-            self.skip(skipped)
-            bad += len(skipped)
-            if batch is not None:
-                for kind, given, answer in zip(batch.kinds, self.answers(batch), batch.answers, strict=True):
-                    for name in {kind or "all", "all"}:
-                        asked[name] += 1
-                        right[name] += given == self.text.words(self.text.answer(answer))
+        with gathered(self.model):  # each process asks at its own pace
+            for batch, skipped in self.loader(mine, batch_size=self.config.batch):
+                self.skip(skipped)
+                bad += len(skipped)
+                if batch is not None:
+                    for kind, given, answer in zip(batch.kinds, self.answers(batch), batch.answers, strict=True):
+                        for name in {kind or "all", "all"}:
+                            asked[name] += 1
+                            right[name] += given == self.text.words(self.text.answer(answer))
         self.model.train()
         if self.ranks > 1:
             every: list[Any] = [None] * self.ranks
@@ -265,12 +270,11 @@ class Trainer:
         if self.log:
             self.log.sync()
         step = int(self.progress["step"])
-        checkpoints.save(self.checkpoints, step, self.model, self.optimizer, self.progress, self.config.keep)
+        checkpoints.save(self.checkpoints, step, self.model, self.optimizer, self.progress, keep=self.config.keep)
 
     def load(self) -> None:
         """The last checkpoint, if there is one."""
-        if done := checkpoints.steps(self.checkpoints):
-            checkpoints.load(self.checkpoints, done[-1], self.model, self.optimizer, self.progress)
+        checkpoints.load(self.checkpoints, self.model, self.optimizer, self.progress)
 
     def agree(self) -> None:
         """The folder's run is of this configuration, which is written down the first time."""
@@ -283,8 +287,16 @@ class Trainer:
             file.write_text(now + "\n")
 
     def export(self) -> None:
-        """<out>/model: what `Mirasol.from_pretrained` reads, and tokenizer.json."""
-        self.model.save_pretrained(self.folder / "model")
+        """<out>/model: what `Mirasol.from_pretrained` reads, and tokenizer.json. Every process calls it."""
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        weights: Any = get_model_state_dict(self.model, options=options)  # of all, in the first process
+        if not checkpoints.first():
+            return
+        with torch.device("meta"):
+            model = Mirasol(self.model.config)
+        # What was gathered may be a view of more than itself, which safetensors refuses.
+        model.load_state_dict({name: x.clone() for name, x in weights.items()}, assign=True)
+        model.save_pretrained(self.folder / "model")
         self.text.tokenizer.save(str(self.folder / "model" / "tokenizer.json"))
 
     def run(self) -> None:
@@ -303,10 +315,14 @@ class Trainer:
                 self.log.write(rows)
             if step % config.save_every == 0 or step == config.steps:
                 self.save()
+        self.export()
         if self.log:
-            self.export()
             self.log.close()
             plot(self.folder)
+
+
+def whole(x: Tensor) -> Tensor:
+    return x.full_tensor() if isinstance(x, DTensor) else x
 
 
 @contextmanager

@@ -104,6 +104,7 @@ class TrainConfig:
     steps: int = 1000  # of the optimiser
     batch: int = 8  # clips in a forward pass, of each process
     accumulation: int = 1  # forward passes in a step
+    shard: Literal["ddp", "fsdp"] = "ddp"  # of several processes, each has all parameters, or a share of them
     bfloat16: bool | None = None  # autocast; None is: where there is a GPU
     seed: int = 0
     evaluate_every: int = 500  # steps; and after the last
@@ -139,6 +140,7 @@ FREE = (
     "data.bad",
     "batch",
     "accumulation",
+    "shard",
     "evaluate_every",
     "save_every",
     "keep",

@@ -73,9 +73,13 @@ def test_rates_of_a_gpu_come_from_a_file(tmp_path: Path, capsys: pytest.CaptureF
     assert rates.times(row) == {"compute_seconds": 2.0}  # of the network nothing is known
 
 
-def test_the_longest_clip_is_where_the_line_meets_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = configure("tiny", "current")
-    monkeypatch.setattr(scale, "step", lambda config, frames, gpus: {"peak_bytes": 1e9 + 1e6 * frames})
-    fits = scale.largest(config, [0.5, 2])
-    assert fits["frames"] == {"0.5": 0, "2": 1000}
-    assert fits["error_at_64_snippets"] == pytest.approx(0) and fits["bytes_per_snippet"] == 4e6
+def test_the_longest_clip_is_where_the_first_line_meets_its_limit() -> None:
+    def row(n: int) -> dict:
+        return {
+            "snippets": n,
+            "frames": 4 * n,
+            "peaks": {"a": int(1e9) + 4_000_000 * n, "b": int(1.1e9) + 1_000_000 * n},
+        }
+
+    fits = scale.largest([row(n) for n in scale.NEAR], [0.5, 2])
+    assert fits["frames"] == {"0.5": 0, "2": 8 * 4 * (250 // 8)} and fits["bytes_per_snippet"] == 4e6

@@ -16,7 +16,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 
-from mirasol_model.parallel import bare, load, save, shard
+from mirasol_model.checkpoints import load, save
+from mirasol_model.parallel import bare, shard
 from tests.model.clips import clip, model, words
 from tests.numerics import assert_close_fp64
 from tests.processes import world
@@ -78,7 +79,7 @@ def main(folder: str, resume: str = "") -> None:
             optimizer, steps = adam(shared), range(BEFORE)
             if resume:
                 steps = range(BEFORE, BEFORE + AFTER)
-                load(Path(folder) / resume, shared, optimizer)
+                assert load(Path(folder) / resume, shared, optimizer) == BEFORE
             if kind == "fsdp":
                 held = sum(parameter.to_local().numel() for parameter in shared.parameters())
                 assert held < 1.1 * sum(parameter.numel() for parameter in single.parameters()) / ranks
@@ -87,7 +88,7 @@ def main(folder: str, resume: str = "") -> None:
             if resume:
                 same_parameters(shared, single)
             else:
-                save(Path(folder) / f"{kind}{ranks}", shared, optimizer)
+                save(Path(folder) / f"{kind}{ranks}", BEFORE, shared, optimizer)
             torch.manual_seed(2)
             video, audio = clip(8, 1)
             prompt = words(1, 3)

@@ -11,7 +11,9 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from mirasol_kernels import Ranks
-from mirasol_model.parallel import SnippetParallel, load, save, shard
+from mirasol_model import checkpoints
+from mirasol_model.checkpoints import load, save
+from mirasol_model.parallel import SnippetParallel, shard
 from tests.model import distributed_training as training
 from tests.model.clips import clip, model, words
 from tests.numerics import assert_close_fp64
@@ -57,17 +59,49 @@ def test_training_on_several_ranks_and_going_on_with_another_number(tmp_path: Pa
 def test_a_checkpoint_of_another_model_or_not_complete_is_refused(tmp_path: Path) -> None:
     made = training.made()
     optimizer = training.adam(made)
+    assert load(tmp_path, made, optimizer) is None
     training.train(made, optimizer, range(1))
-    save(tmp_path / "whole", made, optimizer)
+    save(tmp_path, 1, made, optimizer)
     assert made.latent.mask not in optimizer.state  # it had no gradient, and that is how it comes back
-    load(tmp_path / "whole", made, optimizer)
+    assert load(tmp_path, made, optimizer) == 1
     assert made.latent.mask not in optimizer.state and made.latent.slots in optimizer.state
     other = model("perceiver")
-    with pytest.raises(ValueError, match=r"of this model, got one without .*combiner.latents"):
-        load(tmp_path / "whole", other, training.adam(other))
-    (tmp_path / "whole" / ".metadata").unlink()
-    with pytest.raises(ValueError, match=r"folder: expected a complete checkpoint, got .* without .metadata"):
-        load(tmp_path / "whole", made, optimizer)
+    before = [parameter.clone() for parameter in other.parameters()]
+    for unlike, what in (
+        (other, r"combiner\.\S+: expected \(.*\), got no such parameter \(and \d+ others\)"),
+        (model("all", combiner={"tokens": 3}), r"\S+: expected \(3, 64\), got \(4, 64\)"),
+    ):
+        with pytest.raises(ValueError, match=r"load: folder: .*step-00000001 is of another model: model\." + what):
+            load(tmp_path, unlike, training.adam(unlike))
+    assert all(torch.equal(a, b) for a, b in zip(before, other.parameters(), strict=True))
+    with pytest.raises(ValueError, match=r"load: progress: expected names that .* has, got 'step'"):
+        load(tmp_path, made, optimizer, {"step": torch.zeros(())})
+
+    (whole,) = tmp_path.iterdir()
+    file = next(whole.glob("*.distcp"))
+    content = file.read_bytes()
+    file.write_bytes(content[:-1000])
+    with pytest.raises(
+        ValueError, match=rf"load: folder: expected \d+ bytes in .*{file.name}, got {len(content) - 1000}"
+    ):
+        load(tmp_path, made, optimizer)
+    (whole / ".metadata").unlink()
+    with pytest.raises(ValueError, match=r"load: folder: expected a complete checkpoint, got .* without .metadata"):
+        load(tmp_path, made, optimizer)
+
+
+def test_the_last_checkpoints_are_kept_and_none_is_written_over(tmp_path: Path) -> None:
+    made = training.made()
+    optimizer = training.adam(made)
+    for step in (1, 2, 3):
+        save(tmp_path, step, made, optimizer, {"step": torch.tensor(step)}, keep=2)
+    assert checkpoints.steps(tmp_path) == [2, 3]
+    progress = {"step": torch.tensor(0)}
+    assert load(tmp_path, made, optimizer, progress) == progress["step"] == 3
+    with pytest.raises(ValueError, match=r"save: step: expected one that .* has no checkpoint of, got 3"):
+        save(tmp_path, 3, made, optimizer)
+    with pytest.raises(ValueError, match="save: keep: expected at least 1, got 0"):
+        save(tmp_path, 4, made, optimizer, keep=0)
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
