@@ -208,7 +208,8 @@ def newest(found: Sequence[Group], kind: str, what: str, dtype: str, gpu: bool =
 
 
 def op_section(op: str, found: Sequence[Group], each: bool = False) -> Lines:
-    group = newest(found, "op", op, "float32")
+    free = [group for group in found if not group.report.get("forced", {}).get("MIRASOL_ISA")]
+    group = newest(free, "op", op, "float32")  # with all the instructions that the machine has
     said = (
         f"Float32, {where(group.report)}; milliseconds of ours, the share of this machine's floor, and how many times "
     )
