@@ -122,12 +122,19 @@ static void bring(const Backward& g, const Sizes& size, int64_t batch, const Bac
       store_terms<PAIRS>(x, n, s.dpooled_terms + k * terms<PAIRS>(call.c) + terms<PAIRS>(c) * WIDTH);
     }
     store(s.dsum + k, Vec{});
-    if (call.divide)
+    const auto product_with = [&](auto value, float* to) {
       product_of_channels<PAIRS>(
           call, rows,
-          [&](int r, int64_t c) { return load_part(g.pooled + (first + r) * call.c + c, least(WIDTH, call.c - c)); },
-          s.tokens.block, s.dpooled_terms + k * terms<PAIRS>(call.c), WIDTH, s.ds);
-    for (int i = 0; i < rows; ++i) s.dsum[k + i] = call.divide ? -s.ds[i * WIDTH + i] : g.dsum[first + i];
+          [&](int r, int64_t c) {
+            return value(load_part(g.pooled + (first + r) * call.c + c, least(WIDTH, call.c - c)));
+          },
+          s.tokens.block, s.dpooled_terms + k * terms<PAIRS>(call.c), WIDTH, to);
+    };
+    if (call.divide) {
+      product_with([](Vec x) { return x; }, s.ds);
+      if constexpr (PAIRS) product_with([](Vec x) { return x - (Vec)(round_bfloat16(x) & 0xffff0000u); }, s.weights);
+    }
+    for (int i = 0; i < rows; ++i) s.dsum[k + i] = call.divide ? -s.ds[i * WIDTH + i] - (PAIRS ? s.weights[i * WIDTH + i] : 0) : g.dsum[first + i];
   }
 }
 
