@@ -96,7 +96,8 @@ static inline int64_t terms_of_both(const Call& call) { return terms<PAIRS>(call
 
 // What a row of the batch brings: the gradient of what it pools, both ways round.
 // dsum = -(dpooled . pooled) is summed as x . dpooled will be: where one token has all the weight, and is what comes
-// out, its ds is 0 to the bit and not what two orders of summation leave.
+// out, its ds is 0 to the bit and not what two orders of summation leave.  In pairs pooled is the
+// sum of two bfloat16: tokens are exact, and what rounding it to one would leave out grows with their mean.
 template <bool PAIRS>
 static void bring(const Backward& g, const Sizes& size, int64_t batch, const BackwardSpace& s) {
   const Call& call = g.call;
@@ -122,19 +123,21 @@ static void bring(const Backward& g, const Sizes& size, int64_t batch, const Bac
       store_terms<PAIRS>(x, n, s.dpooled_terms + k * terms<PAIRS>(call.c) + terms<PAIRS>(c) * WIDTH);
     }
     store(s.dsum + k, Vec{});
-    const auto product_with = [&](auto value, float* to) {
+    const auto times_dpooled = [&](auto factor, float* to) {
       product_of_channels<PAIRS>(
           call, rows,
           [&](int r, int64_t c) {
-            return value(load_part(g.pooled + (first + r) * call.c + c, least(WIDTH, call.c - c)));
+            return factor(load_part(g.pooled + (first + r) * call.c + c, least(WIDTH, call.c - c)));
           },
           s.tokens.block, s.dpooled_terms + k * terms<PAIRS>(call.c), WIDTH, to);
     };
+    float* const rest = s.weights;
     if (call.divide) {
-      product_with([](Vec x) { return x; }, s.ds);
-      if constexpr (PAIRS) product_with([](Vec x) { return x - (Vec)(round_bfloat16(x) & 0xffff0000u); }, s.weights);
+      times_dpooled([](Vec x) { return x; }, s.ds);
+      if constexpr (PAIRS) times_dpooled([](Vec x) { return x - (Vec)(round_bfloat16(x) & 0xffff0000u); }, rest);
     }
-    for (int i = 0; i < rows; ++i) s.dsum[k + i] = call.divide ? -s.ds[i * WIDTH + i] - (PAIRS ? s.weights[i * WIDTH + i] : 0) : g.dsum[first + i];
+    for (int i = 0, at = 0; i < rows; ++i, at += WIDTH + 1)
+      s.dsum[k + i] = !call.divide ? g.dsum[first + i] : PAIRS ? -(s.ds[at] + rest[at]) : -s.ds[at];
   }
 }
 

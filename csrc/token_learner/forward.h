@@ -42,7 +42,8 @@ int64_t token_learner_forward_workspace(const Call& call) {
   return floats;
 }
 
-// Logits become weights exp(logit - top), and what was summed shrinks to the new top.
+// Logits become weights exp(logit - top), and what was summed shrinks to the new top.  In pairs weights are rounded
+// before either sum has them: pooled is then a mean of tokens exactly, and its error does not grow with theirs.
 template <bool PAIRS>
 static void weigh(const Call& call, const Sizes& size, const Prepared& p, int rows, const ForwardSpace& s) {
   const Seen& seen = s.seen;
