@@ -71,28 +71,13 @@ def as_state(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cases, "token_learner", lambda *args, **named: tuple(token_learner_state(*args, **named)))
 
 
-def reordered(case: Case, seed: int) -> Case:
-    """The same call with its channels and hidden units in another order: its results differ by rounding alone."""
-    generator = torch.Generator().manual_seed(seed)
-    c, h = len(case.tensors["norm_weight"]), len(case.tensors["b1"])
-    channels, units = torch.randperm(c, generator=generator), torch.randperm(h, generator=generator)
-
-    def call(*, w1: Tensor, b1: Tensor, w2: Tensor, backend: str | None, **others: Tensor) -> tuple[Tensor, ...]:
-        moved = {name: x[..., channels] for name, x in others.items() if name != "b2"}
-        moved |= {"w1": w1[units][:, channels], "b1": b1[units], "w2": w2[:, units], "b2": others["b2"]}
-        outputs = case.call(**moved, backend=backend)
-        outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
-        return tuple(out[..., channels.argsort()] if out.dim() == 3 else out for out in outputs)
-
-    return case._replace(call=call)
-
-
 def assert_right(case: Case, orders: int = 0) -> None:
     """With `orders` the reference's own error is, number by number, its largest of so many more orders of summation.
     Every number of a state hangs on the rounding of one logit, its maximum, so a single run of the reference may be
     lucky; and it is float32, but no better than the factors of 16 bits that it comes from, whose ulps it is given."""
     exact, dtype = evaluate(case, "reference", torch.float64), case.tensors["w1"].dtype
-    lows = [evaluate(each, "reference") for each in (case, *(reordered(case, seed) for seed in range(orders)))]
+    calls = (case.call, *case.orders, *(cases.reordered(case, seed) for seed in range(orders)))
+    lows = [evaluate(case._replace(call=call), "reference") for call in calls]
     actual = evaluate(case, None)
     assert actual.keys() == lows[0].keys() == exact.keys()
     for name, expected in exact.items():

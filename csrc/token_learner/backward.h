@@ -96,7 +96,8 @@ static inline int64_t terms_of_both(const Call& call) { return terms<PAIRS>(call
 
 // What a row of the batch brings: the gradient of what it pools, both ways round.
 // dsum = -(dpooled . pooled) is summed as x . dpooled will be: where one token has all the weight, and is what comes
-// out, its ds is 0 to the bit and not what two orders of summation leave.
+// out, its ds is 0 to the bit and not what two orders of summation leave.  In pairs tokens are
+// exact and pooled is not: what its rounding leaves out grows with the mean of tokens, and is added.
 template <bool PAIRS>
 static void bring(const Backward& g, const Sizes& size, int64_t batch, const BackwardSpace& s) {
   const Call& call = g.call;
@@ -108,6 +109,7 @@ static void bring(const Backward& g, const Sizes& size, int64_t batch, const Bac
       s.base[k + i] = i >= rows || g.max[first + i] == -__builtin_inff() ? 0 : g.max[first + i];
       s.share[k + i] = i >= rows ? 0 : !call.divide || g.sum[first + i] == 0 ? 1 : 1 / g.sum[first + i];
     }
+    Vec rest[WIDTH] = {};
     for (int64_t c = 0; c < call.c; c += WIDTH) {
       const int n = least(WIDTH, call.c - c);
       for (int i = 0; i < rows; ++i) {  // too many streams for the chip to foresee
@@ -116,18 +118,28 @@ static void bring(const Backward& g, const Sizes& size, int64_t batch, const Bac
         if (call.divide) __builtin_prefetch(g.pooled + ahead);
       }
       Vec x[WIDTH] = {};
-      for (int i = 0; i < rows; ++i) x[i] = load_part(g.dpooled + (first + i) * call.c + c, n);
+      for (int i = 0; i < rows; ++i) {
+        const int64_t at = (first + i) * call.c + c;
+        x[i] = load_part(g.dpooled + at, n);
+        if constexpr (PAIRS) {
+          if (!call.divide) continue;
+          const auto rounded = [](Vec y) { return (Vec)(round_bfloat16(y) & 0xffff0000u); };
+          const Vec pooled = load_part(g.pooled + at, n);
+          rest[i] = fma(rounded(x[i]), pooled - rounded(pooled), rest[i]);
+        }
+      }
       store_terms<PAIRS>(x, rows, panels + c * terms_of_both<PAIRS>(call) + terms<PAIRS>(k) * WIDTH);
       transpose(x);
       store_terms<PAIRS>(x, n, s.dpooled_terms + k * terms<PAIRS>(call.c) + terms<PAIRS>(c) * WIDTH);
     }
-    store(s.dsum + k, Vec{});
+    store(s.dsum + k, -sums(rest));
     if (call.divide)
       product_of_channels<PAIRS>(
           call, rows,
           [&](int r, int64_t c) { return load_part(g.pooled + (first + r) * call.c + c, least(WIDTH, call.c - c)); },
           s.tokens.block, s.dpooled_terms + k * terms<PAIRS>(call.c), WIDTH, s.ds);
-    for (int i = 0; i < rows; ++i) s.dsum[k + i] = call.divide ? -s.ds[i * WIDTH + i] : g.dsum[first + i];
+    for (int i = 0; i < rows; ++i)
+      s.dsum[k + i] = call.divide ? s.dsum[k + i] - s.ds[i * WIDTH + i] : g.dsum[first + i];
   }
 }
 

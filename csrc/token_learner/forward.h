@@ -42,7 +42,9 @@ int64_t token_learner_forward_workspace(const Call& call) {
   return floats;
 }
 
-// Logits become weights exp(logit - top), and what was summed shrinks to the new top.
+// Logits become weights exp(logit - top), and what was summed shrinks to the new top.  In pairs weights are rounded
+// before either sum has them: pooled is then a mean of tokens exactly, and its error does not grow with theirs.
+template <bool PAIRS>
 static void weigh(const Call& call, const Sizes& size, const Prepared& p, int rows, const ForwardSpace& s) {
   const Seen& seen = s.seen;
   const Vec hidden = broadcast(-__builtin_inff());
@@ -54,7 +56,8 @@ static void weigh(const Call& call, const Sizes& size, const Prepared& p, int ro
     Vec total{};
     for (int r = 0; r < rows; ++r) {
       float* const at = s.weights + r * size.k + k;
-      const Vec weight = exp(load(at) + bias - base);
+      Vec weight = exp(load(at) + bias - base);
+      if constexpr (PAIRS) weight = (Vec)(round_bfloat16(weight) & 0xffff0000u);
       total += weight;
       store(at, weight);
     }
@@ -104,7 +107,7 @@ static void forward_item(const Forward& f, int64_t item, ForwardSpace s) {
     if (!tile.real) return;
     const Raw raw = fetch<T, PAIRS>(call, tile, size, s.tokens);
     logits<PAIRS>(call, size, p, tile.real, s.tokens, raw, s.hidden, nullptr, nullptr, s.weights);
-    weigh(call, size, p, tile.real, s);
+    weigh<PAIRS>(call, size, p, tile.real, s);
     if constexpr (PAIRS) pair_rows(s.weights, tile.real, size.k, size.k);
     gather<PAIRS>(tile.real, call.k, s.weights, size.k, s.tokens.x, size.row, size.c, s.seen.sums, size.row,
                   !s.seen.empty);

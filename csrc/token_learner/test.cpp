@@ -17,7 +17,8 @@ struct Problem {
   vector<int64_t> tokens;  // of each source
   int64_t batch, c, h, k;
   bool tables = false, valid = false, erf = false, divide = true;
-  float spread = 1;  // of logits
+  float spread = 1;   // of logits
+  float mean = 0.5f;  // of tokens
   Dtype dtype = Dtype::float32;
   bool pairs = false;
 };
@@ -70,7 +71,7 @@ Inputs inputs_of(const Problem& p) {
             Tensor(p.batch * p.k, p.c, Dtype::float32, 1),
             Tensor(p.batch, p.k, Dtype::float32, 1)};
   for (int64_t n : p.tokens) {
-    in.sources.emplace_back(p.batch * n, p.c, d, 1, 0.5f, draw(0, 3));
+    in.sources.emplace_back(p.batch * n, p.c, d, 1, p.mean, draw(0, 3));
     in.tables.emplace_back(n, p.c, d, 0.5f);
   }
   for (int64_t b = 0; b < p.batch; ++b)
@@ -317,6 +318,8 @@ vector<Problem> problems() {
       {"many rows of few tokens", {3}, 200, 8, 8, 4, true},
       {"large logits", {60}, 2, 32, 16, 8, false, false, false, true, 1e4f},
       {"large logits of parts", {600}, 1, 16, 8, 8, false, false, false, false, 300},
+      {"far from zero", {60, 40}, 2, 64, 64, 8, false, false, false, true, 1, 100},
+      {"far from zero, of parts", {600}, 1, 128, 16, 8, false, false, false, true, 1, 100},
   };
   const size_t named = all.size();
   for (int i = 0; i < 30; ++i) {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ WEIGHTS = ("norm_weight", "norm_bias", "w1", "b1", "w2", "b2")
 class Problem:
     """Sizes of one call, n: tokens of each source; with positions where placed, counts valid (B, S), spread logits.
 
+    mean: of tokens, whose standard deviation is 1.
     sliced: sources with gaps between rows, like a part of a larger tensor.  state: of `token_learner_state`.
     """
 
@@ -32,6 +33,7 @@ class Problem:
     valid: tuple[tuple[int, ...], ...] | None = None
     gelu: str = "tanh"
     spread: float = 1.0
+    mean: float = 0.0
     sliced: bool = False
     eps: float = 1e-6
     state: bool = False
@@ -55,6 +57,8 @@ PROBLEMS: dict[str, Problem] = {
     "wide": Problem((50,), batch=1, c=768, k=32),
     "many_tokens": Problem((700, 300), batch=1, c=64),
     "large_logits": Problem((40,), spread=1e4),
+    "far_from_zero": Problem((60, 40), c=64, mean=100),
+    "far_from_zero_wide": Problem((50,), batch=1, c=768, k=32, mean=100),
     "sliced": Problem((20, 12), sliced=True),
     "no_batch": Problem((5,), batch=0),
     "parts": Problem((900, 20), batch=2, c=24, h=16, placed=True),
@@ -78,8 +82,8 @@ def build(name: str, problem: Problem, device: torch.device | str = "cpu", dtype
     """The name is the seed."""
     generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
 
-    def make(*sizes: int, std: float = 1.0) -> Tensor:
-        return (std * torch.randn(*sizes, generator=generator, dtype=torch.float64)).to(device, dtype)
+    def make(*sizes: int, std: float = 1.0, mean: float = 0.0) -> Tensor:
+        return (mean + std * torch.randn(*sizes, generator=generator, dtype=torch.float64)).to(device, dtype)
 
     b, c, h, k = problem.batch, problem.c, problem.h, problem.k
     tensors = {
@@ -91,7 +95,10 @@ def build(name: str, problem: Problem, device: torch.device | str = "cpu", dtype
         "b2": make(k, std=0.2),
     }
     for i, n in enumerate(problem.n):
-        tensors[f"source{i}"] = make(b, n + 3, c + 4)[:, 2 : n + 2, 4:] if problem.sliced else make(b, n, c)
+        if problem.sliced:
+            tensors[f"source{i}"] = make(b, n + 3, c + 4, mean=problem.mean)[:, 2 : n + 2, 4:]
+        else:
+            tensors[f"source{i}"] = make(b, n, c, mean=problem.mean)
         if problem.placed:
             tensors[f"position{i}"] = make(n, c, std=0.5)
     valid = None if problem.valid is None else torch.tensor(problem.valid, device=device)
@@ -111,4 +118,22 @@ def build(name: str, problem: Problem, device: torch.device | str = "cpu", dtype
             return tuple(token_learner_state(sources, *weights, **options))
         return token_learner(sources, *weights, **options)
 
-    return Case(name, call, tensors)
+    case = Case(name, call, tensors)
+    # What tokens far from 0 leave of differences is rounding, whose size differs between orders.
+    return case._replace(orders=tuple(reordered(case, seed) for seed in range(4))) if problem.mean else case
+
+
+def reordered(case: Case, seed: int) -> Callable[..., tuple[Tensor, ...]]:
+    """The same call with its channels and hidden units in another order: its results differ by rounding alone."""
+    generator = torch.Generator().manual_seed(seed)
+    c, h = len(case.tensors["norm_weight"]), len(case.tensors["b1"])
+    channels, units = torch.randperm(c, generator=generator), torch.randperm(h, generator=generator)
+
+    def call(*, w1: Tensor, b1: Tensor, w2: Tensor, backend: str | None, **others: Tensor) -> tuple[Tensor, ...]:
+        moved = {name: x[..., channels] for name, x in others.items() if name != "b2"}
+        moved |= {"w1": w1[units][:, channels], "b1": b1[units], "w2": w2[:, units], "b2": others["b2"]}
+        outputs = case.call(**moved, backend=backend)
+        outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
+        return tuple(out[..., channels.argsort()] if out.dim() == 3 else out for out in outputs)
+
+    return call

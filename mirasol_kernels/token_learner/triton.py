@@ -189,14 +189,15 @@ def pool(
         s = tl.where((token < stop)[None, :], s, float("-inf"))
         # Never -inf: a tile that is walked has a token that counts.
         m_new = tl.maximum(m, tl.max(s, 1))
-        p = tl.exp2((s - m_new[:, None]) * LOG2E)
+        # Rounded before both sums, so that they cancel: else tokens far from 0 scale what the rounding of p leaves.
+        p = tl.exp2((s - m_new[:, None]) * LOG2E).to(w2.dtype.element_ty)
         fade = tl.exp2((m - m_new) * LOG2E)
-        weight = weight * fade + tl.sum(p, 1)
+        weight = weight * fade + tl.sum(p.to(tl.float32), 1)
         m = m_new
         grown = ()
         for j in tl.static_range(HELD):
             tile = load_tokens(x, x_row, table, token, stop, (slab * HELD + j) * BLOCK_D, C, BLOCK_D)
-            grown = grown + (add_product(acc[j] * fade[:, None], p.to(tile.dtype), tile),)  # type: ignore[assignment]  # noqa: RUF005
+            grown = grown + (add_product(acc[j] * fade[:, None], p, tile),)  # type: ignore[assignment]  # noqa: RUF005
         acc = grown
 
     row = (split * batch.to(tl.int64) + b) * K + slot
