@@ -68,10 +68,10 @@ struct Rows {  // of a tile, per lane
   alignas(64) float lse[TILE], lse_low[TILE], delta[TILE], dlse[TILE];
 };
 
-// P = exp(scale S - lse) and dS = P (dP - delta + dlse) in place of S and dP, each row of keys then for the product that
-// ends in that key, and dS in ds_terms for the one that ends in a query.  Where these are pairs, of lanes the ones and of
-// keys the other, rows are still TILE floats apart.  Delta is subtracted alone: where one key has all the weight it is
-// that key's dP to the bit, and nothing is left of the two.
+// P = exp(scale S - lse) and dS = P (dP - delta + dlse) in place of S and dP, each row of keys then for the product
+// that ends in that key, and dS in ds_terms for the one that ends in a query.  Where these are pairs, of lanes the ones
+// and of keys the other, rows are still TILE floats apart.  Delta is subtracted alone: where one key has all the weight
+// and out is its value, delta is its dP to the bit, and nothing is left of the two.
 template <bool PAIRS>
 static void softmax_backward(int keys, const Span& s, const Rows& rows, float factor, const Buffers& b) {
   const Vec scale = broadcast(factor);

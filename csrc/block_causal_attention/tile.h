@@ -93,8 +93,8 @@ static Span span(const Piece& piece, int lanes) {
   return s;
 }
 
-// x[j] = element d + j of the rows of lanes r .. r + WIDTH - 1, for j < n, and 0 behind the last lane.  As pairs: elements
-// 2 (d + j) and the next, in one.
+// x[j] = element d + j of the rows of lanes r .. r + WIDTH - 1, for j < n, and 0 behind the last lane.  As pairs:
+// elements 2 (d + j) and the next, in one.
 template <bool PAIRS, class T>
 static inline void transposed(const Lanes<const T>& from, int lanes, int r, int64_t d, int n, Vec (&x)[WIDTH]) {
 #pragma GCC unroll 16
