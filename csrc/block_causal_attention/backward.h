@@ -65,23 +65,25 @@ static void pack_rows(const Lanes<const T>& from, int lanes, int64_t dim, float*
 }
 
 struct Rows {  // of a tile, per lane
-  alignas(64) float lse[TILE], lse_low[TILE], delta[TILE];
+  alignas(64) float lse[TILE], lse_low[TILE], delta[TILE], dlse[TILE];
 };
 
-// P = exp(scale S - lse) and dS = P (dP - delta) in place of S and dP, each row of keys then for the product that ends
-// in that key, and dS in ds_terms for the one that ends in a query.  Where these are pairs, of lanes the ones and of
-// keys the other, rows are still TILE floats apart.
+// P = exp(scale S - lse) and dS = P (dP - delta + dlse) in place of S and dP, each row of keys then for the product
+// that ends in that key, and dS in ds_terms for the one that ends in a query.  Where these are pairs, of lanes the ones
+// and of keys the other, rows are still TILE floats apart.  Delta is subtracted alone: where one key has all the weight
+// and out is its value, delta is its dP to the bit, and nothing is left of the two.
 template <bool PAIRS>
 static void softmax_backward(int keys, const Span& s, const Rows& rows, float factor, const Buffers& b) {
   const Vec scale = broadcast(factor);
   for (int v = 0; v < s.count; ++v) {
     const int lane = (s.first + v) * WIDTH;
-    const Vec lse = load(rows.lse + lane), lse_low = load(rows.lse_low + lane), delta = load(rows.delta + lane);
+    const Vec lse = load(rows.lse + lane), lse_low = load(rows.lse_low + lane);
+    const Vec delta = load(rows.delta + lane), dlse = load(rows.dlse + lane);
     const auto weigh = [&](int key) {  // -> dS
       float *const p = b.p + key * TILE, *const ds = b.ds + key * TILE;
       Vec x = exp_of_weight<PAIRS>(fma(load(p + lane), scale, -lse) - lse_low);
       if (s.masked) x = keep(s.mask[v], x);
-      Vec dx = x * (load(ds + lane) - delta);
+      Vec dx = x * (load(ds + lane) - delta + dlse);
       if (s.masked) dx = keep(s.mask[v], dx);
       if constexpr (PAIRS) {  // the halves of a row of vectors take up the places of vectors that are done
         store_halves(p + lane / 2, from_float(bfloat16{}, x), WIDTH);
@@ -181,9 +183,10 @@ static void backward_tile(const Backward& g, const Chunk& chunk, const Tile& t, 
   zero(b.dq_t, shape.dim * TILE);
   Rows rows = {};
   const Lanes<const float> lse = lanes_of<const float>(g.lse, t), lse_low = lanes_of<const float>(g.lse_low, t);
+  const Lanes<const float> dlse = lanes_of<const float>(g.dlse, t);
   for (int r = 0; r < lanes; ++r) {
     rows.lse[r] = *lse(r), rows.lse_low[r] = *lse_low(r);
-    rows.delta[r] = g.delta[row_number(shape, t, r)];
+    rows.delta[r] = g.delta[row_number(shape, t, r)], rows.dlse[r] = *dlse(r);
   }
 
   do {
@@ -248,25 +251,32 @@ static void backward_chunk(const Backward& g, const Chunk& chunk, const Buffers&
   }
 }
 
-// delta = sum(dout * out) - dlse; and dq = 0 where no chunk will come by.
-template <class T>
+// delta = sum(dout * out), in the order in which gemm sums dP = sum(dout * v); and dq = 0 where no chunk will come by.
+template <bool PAIRS, class T>
 static void backward_rows(const Backward& g, const Tile& t) {
   const Shape& shape = g.shape;
   const Lanes<const T> dout = lanes_of<const T>(g.dout, t), out = lanes_of<const T>(g.out, t);
-  const Lanes<const float> dlse = lanes_of<const float>(g.dlse, t);
   const Lanes<T> dq = lanes_of<T>(g.dq, t);
+  const int lanes = t.lanes();
+  const int64_t terms = PAIRS ? shape.value_dim / 2 : shape.value_dim;
+  for (int r = 0; r < lanes; r += WIDTH) {
+    Vec delta{};
+    for (int64_t d = 0; d < terms; d += WIDTH) {
+      const int n = least(WIDTH, terms - d);
+      Vec x[WIDTH], y[WIDTH];
+      transposed<PAIRS>(dout, lanes, r, d, n, x);
+      transposed<PAIRS>(out, lanes, r, d, n, y);
+#pragma GCC unroll 16
+      for (int j = 0; j < WIDTH; ++j)
+        if (j < n) delta = step<PAIRS>(x[j], y[j], delta);
+    }
+    for (int i = 0; i < WIDTH && r + i < lanes; ++i) g.delta[row_number(shape, t, r + i)] = delta[i];
+  }
   int64_t first, last;
   seen_between(g, t, 0, shape.k_len, &first, &last);
-  for (int r = 0; r < t.lanes(); ++r) {
-    Vec product{};
-    for (int64_t d = 0; d < shape.value_dim; d += WIDTH) {
-      const int n = least(WIDTH, shape.value_dim - d);
-      product = fma(load_part(dout(r) + d, n), load_part(out(r) + d, n), product);
-    }
-    g.delta[row_number(shape, t, r)] = sum(product) - *dlse(r);
-    if (first > last)
-      for (int64_t d = 0; d < shape.dim; d += WIDTH) store_part(dq(r) + d, Vec{}, least(WIDTH, shape.dim - d));
-  }
+  if (first <= last) return;
+  for (int r = 0; r < lanes; ++r)
+    for (int64_t d = 0; d < shape.dim; d += WIDTH) store_part(dq(r) + d, Vec{}, least(WIDTH, shape.dim - d));
 }
 
 int64_t attention_backward_items(const Shape& shape) {
@@ -281,8 +291,8 @@ int64_t attention_backward_workspace(const Shape& shape) {
 }
 
 void attention_backward_rows(const Backward& g, int64_t begin, int64_t end) {
-  for_dtype(g.shape, [&](auto type, auto) {
-    for (int64_t item = begin; item < end; ++item) backward_rows<decltype(type)>(g, tile_of(g.shape, item));
+  for_dtype(g.shape, [&](auto type, auto pairs) {
+    for (int64_t item = begin; item < end; ++item) backward_rows<pairs, decltype(type)>(g, tile_of(g.shape, item));
   });
 }
 

@@ -93,6 +93,21 @@ static Span span(const Piece& piece, int lanes) {
   return s;
 }
 
+// x[j] = element d + j of the rows of lanes r .. r + WIDTH - 1, for j < n, and 0 behind the last lane.  As pairs:
+// elements 2 (d + j) and the next, in one.
+template <bool PAIRS, class T>
+static inline void transposed(const Lanes<const T>& from, int lanes, int r, int64_t d, int n, Vec (&x)[WIDTH]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < WIDTH; ++i) {
+    x[i] = Vec{};
+    if (r + i < lanes) {
+      if constexpr (PAIRS) x[i] = load_part(reinterpret_cast<const Element*>(from(r + i)) + d, n);
+      else x[i] = load_part(from(r + i) + d, n);
+    }
+  }
+  transpose(x);
+}
+
 // to (dim, TILE), in panels = the rows of the lanes, transposed, and 0 up to the next whole vector of lanes.  As pairs:
 // (dim / 2, TILE), elements d and d + 1 in one.
 template <bool PAIRS, class T>
@@ -101,14 +116,8 @@ static void pack_transposed(const Lanes<const T>& from, int lanes, int64_t dim, 
   for (int r = 0; r < lanes; r += WIDTH)
     for (int64_t d = 0; d < dim; d += WIDTH) {
       const int n = least(WIDTH, dim - d);
-      Vec x[WIDTH] = {};
-#pragma GCC unroll 16
-      for (int i = 0; i < WIDTH; ++i)
-        if (r + i < lanes) {
-          if constexpr (PAIRS) x[i] = load_part(reinterpret_cast<const Element*>(from(r + i)) + d, n);
-          else x[i] = load_part(from(r + i) + d, n);
-        }
-      transpose(x);
+      Vec x[WIDTH];
+      transposed<PAIRS>(from, lanes, r, d, n, x);
 #pragma GCC unroll 16
       for (int j = 0; j < WIDTH; ++j)
         if (j < n) store(to + r * dim + (d + j) * WIDTH, x[j]);

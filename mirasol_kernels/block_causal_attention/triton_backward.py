@@ -60,7 +60,7 @@ def backward_launches(
     delta = torch.empty_like(lse)
     q, k, v, dout = near(q), near(k), near(v), near(dout)
     shared = {
-        **{"q": q, "k": k, "v": v, "dout": dout, "lse": lse, "lse_low": lse_low, "delta": delta},
+        **{"q": q, "k": k, "v": v, "dout": dout, "lse": lse, "lse_low": lse_low, "delta": delta, "dlse": dlse},
         **strides("q", q),
         **strides("k", k),
         **strides("v", v),
@@ -74,7 +74,7 @@ def backward_launches(
         config = config_of("backward_q", widest, q.dtype, machine)
         tiles = triton.cdiv(rows, config.rows)
         arguments = {
-            **{"out": out, "dlse": dlse, "dq": dq, "q_offsets": q_offsets, "k_ranges": k_ranges},
+            **{"out": out, "dq": dq, "q_offsets": q_offsets, "k_ranges": k_ranges},
             **strides("o", out),
             **strides("dq", dq),
             **{"programs": batch * heads, "tiles": tiles, "ranges": k_ranges.shape[2]},
@@ -110,6 +110,7 @@ def backward_q(
     lse,
     lse_low,
     delta,
+    dlse,
     q_batch,
     q_head,
     q_row,
@@ -133,7 +134,6 @@ def backward_q(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     out,
-    dlse,
     dq,
     q_offsets,
     k_ranges,
@@ -182,7 +182,11 @@ def backward_q(
     do_tile = tl.load(dout + at_row[:, None] * do_row + dv[None, :], mask=inside_v, other=0.0)  # (ROWS, BLOCK_DV)
     o_tile = tl.load(out + at_row[:, None] * o_row + dv[None, :], mask=inside_v, other=0.0)
     lse_rows = (b * heads + head) * rows + row
-    own_delta = tl.sum(do_tile.to(tl.float32) * o_tile.to(tl.float32), 1) - tl.load(dlse + lse_rows)
+    # The diagonal of a product that sums as dp below: where one key has all the weight, dp - delta is 0 to the bit.
+    every = tl.dot(do_tile, tl.trans(o_tile), input_precision="ieee")  # (ROWS, ROWS)
+    lane = tl.arange(0, ROWS)
+    own_delta = tl.sum(tl.where(lane[:, None] == lane[None, :], every, 0.0), 1)
+    own_dlse = tl.load(dlse + lse_rows)
     tl.store(delta + lse_rows, own_delta, mask=valid)
     shift, low = exponent(tl.load(lse + lse_rows), tl.load(lse_low + lse_rows))
 
@@ -203,7 +207,7 @@ def backward_q(
                 s = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")  # (ROWS, KEYS)
                 p = tl.exp2(tl.fma(s, scale2, -shift[:, None]) - low[:, None])
                 dp = tl.dot(do_tile, tl.trans(v_tile), input_precision="ieee")
-                ds = p * (dp - own_delta[:, None])
+                ds = p * (dp - own_delta[:, None] + own_dlse[:, None])
                 acc = tl.dot(ds.to(k_tile.dtype), k_tile, acc, input_precision="ieee")
             for i in range(tl.cdiv(stop - start, KEYS) - (t1 - t0)):
                 at = start + edge(i, t0, t1) * KEYS
@@ -214,7 +218,7 @@ def backward_q(
                 dp = tl.dot(do_tile, tl.trans(v_tile), input_precision="ieee")
                 key = at + tl.arange(0, KEYS)
                 sees = (begins[:, None] <= key[None, :]) & (key[None, :] < ends[:, None])
-                ds = tl.where(sees, p * (dp - own_delta[:, None]), 0.0)
+                ds = tl.where(sees, p * (dp - own_delta[:, None] + own_dlse[:, None]), 0.0)
                 acc = tl.dot(ds.to(k_tile.dtype), k_tile, acc, input_precision="ieee")
     tl.store(dq + at_row[:, None] * dq_row + d[None, :], (acc * scale).to(dq.dtype.element_ty), mask=inside)
 
@@ -228,6 +232,7 @@ def backward_kv(
     lse,
     lse_low,
     delta,
+    dlse,
     q_batch,
     q_head,
     q_row,
@@ -328,7 +333,7 @@ def backward_kv(
                 p = tl.exp2(tl.fma(s, scale2, -shift[None, :]) - low[None, :])
                 dv_acc = tl.dot(p.to(do_tile.dtype), do_tile, dv_acc, input_precision="ieee")
                 dp = tl.dot(v_tile, tl.trans(do_tile), input_precision="ieee")
-                ds = p * (dp - tl.load(delta + lse_rows)[None, :])
+                ds = p * (dp - tl.load(delta + lse_rows)[None, :] + tl.load(dlse + lse_rows)[None, :])
                 dk_acc = tl.dot(ds.to(q_tile.dtype), q_tile, dk_acc, input_precision="ieee")
             edges = tl.cdiv(stop - start, ROWS) - (t1 - t0)
             for i in range(group * edges):
@@ -347,7 +352,9 @@ def backward_kv(
                 p = tl.where(seen, tl.exp2(tl.fma(s, scale2, -shift[None, :]) - low[None, :]), 0.0)
                 dv_acc = tl.dot(p.to(do_tile.dtype), do_tile, dv_acc, input_precision="ieee")
                 dp = tl.dot(v_tile, tl.trans(do_tile), input_precision="ieee")
-                ds = tl.where(seen, p * (dp - tl.load(delta + lse_rows, mask=some, other=0.0)[None, :]), 0.0)
+                of_delta = tl.load(delta + lse_rows, mask=some, other=0.0)
+                of_lse = tl.load(dlse + lse_rows, mask=some, other=0.0)
+                ds = tl.where(seen, p * (dp - of_delta[None, :] + of_lse[None, :]), 0.0)
                 dk_acc = tl.dot(ds.to(q_tile.dtype), q_tile, dk_acc, input_precision="ieee")
     tl.store(dk + at_key[:, None] * dk_row + d[None, :], (dk_acc * scale).to(dk.dtype.element_ty), mask=inside)
     tl.store(dv + at_key[:, None] * dv_row + d_v[None, :], dv_acc.to(dv.dtype.element_ty), mask=inside_v)
