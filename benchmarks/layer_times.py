@@ -65,13 +65,12 @@ def rates(flops: Mapping[str, int], seconds: Mapping[str, float]) -> dict[str, f
 
     Raises ValueError where layers took no time, as on a machine that is not quiet.
     """
-    found, rest = {}, [flops[BASE], seconds[BASE]]
+    found, rest = {}, (float(flops[BASE]), seconds[BASE])
     for part in PARTS:
-        work, time = flops[part] - flops[BASE], seconds[part] - seconds[BASE]
-        rest = [rest[0] - work / MORE, rest[1] - time / MORE]
-        found[part] = (work, time)
-    for part, (work, time) in (found | {"rest": tuple(rest)}).items():
+        found[part] = work, time = float(flops[part] - flops[BASE]), seconds[part] - seconds[BASE]
+        rest = rest[0] - work / MORE, rest[1] - time / MORE
+    found["rest"] = rest
+    for part, (_, time) in found.items():
         if time <= 0:
             raise ValueError(f"--measure: expected {part} to take time, got {time:.2g} s: is the machine quiet?")
-        found[part] = work, time
     return {part: work / time for part, (work, time) in found.items()}

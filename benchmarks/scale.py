@@ -351,9 +351,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = []
     for gpus in tqdm(options.gpus, disable=None):
         row = count(config, options.frames, gpus, counted)
-        rows.append({key: x for key, x in row.items() if key != "peaks"} | (rates.times(row) if rates else {}))
+        row = {"times": rates.source if rates else "none"} | row | (rates.times(row) if rates else {})
+        rows.append({key: x for key, x in row.items() if key != "peaks"})
     report: dict[str, Any] = {"machine": harness.machine(), "preset": options.preset, "combiner": options.combiner}
-    report |= {"rates": rates.source if rates else None, "rows": rows}
+    report["rows"] = rows
     print(f"{options.preset}, Combiner {options.combiner}: a training step of one clip of {options.frames} frames,")
     print(f"{rows[0]['parameters'] / 1e9:.3g} billion parameters, bfloat16 autocast, AdamW; numbers of one rank")
     print(table(rows))
