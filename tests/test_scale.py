@@ -100,8 +100,8 @@ def test_a_long_clip_follows_from_short_ones(monkeypatch: pytest.MonkeyPatch) ->
     direct = scale.step(config, snippets * GPUS * config.video.frames, GPUS)
     for key in ("frames", "snippets", "flops", "flops_of", "tokens_received", "parameters_received", "resting_bytes"):
         assert row[key] == direct[key], key
-    # Not exactly a line: how many pieces of a layer are alive at its peak.
-    assert row["peak_bytes"] == pytest.approx(direct["peak_bytes"], rel=0.01)
+    # Of a layer it is the highest of several moments, each a line: one that overtakes later is missed. Never too high.
+    assert 0.99 * direct["peak_bytes"] < row["peak_bytes"] <= direct["peak_bytes"]
     assert row["bend"] < 0.01
 
 
