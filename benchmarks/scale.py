@@ -71,8 +71,7 @@ class Live(TorchDispatchMode):
 
     def __init__(self, formulas: dict[Any, Any]) -> None:
         super().__init__()
-        self.now = self.received = 0
-        self.flops: dict[str, int] = {}  # of each part of the model
+        self.now = self.received = self.flops = 0
         self.sizes: dict[int, int] = {}
         self.stage = self.layer = ""  # what runs: of the step, and of the model
         self.peaks: dict[str, int] = {}  # of each
@@ -104,9 +103,7 @@ class Live(TorchDispatchMode):
             return out
         tree_map(self.note, out)
         if formula := self.formulas.get(func.overloadpacket):
-            part = self.layer.partition(".")[0]
-            part = part if part in layer_times.PARTS else "rest"
-            self.flops[part] = self.flops.get(part, 0) + formula(*args, **(kwargs or {}), out_val=out)
+            self.flops += formula(*args, **(kwargs or {}), out_val=out)
         if func.namespace == "c10d":  # a ring: all arrives but one's own; and as much, reduced on its way
             sizes = sorted(x.numel() * x.element_size() for x in args[:2] if isinstance(x, Tensor))
             if func._opname in ("_allgather_base_", "_reduce_scatter_base_"):
@@ -177,7 +174,7 @@ def _step(config: MirasolConfig, frames: int, mesh: DeviceMesh, mapping: dict[An
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()  # it has its states from here on
         optimizer.zero_grad()
-        resting, live.peaks, live.received, live.flops, ranks.received = live.now, {}, 0, {}, 0
+        resting, live.peaks, live.received, live.flops, ranks.received = live.now, {}, 0, 0, 0
         once()
         peaks = {where: peak - host for where, peak in live.peaks.items()}
     return {
@@ -185,8 +182,7 @@ def _step(config: MirasolConfig, frames: int, mesh: DeviceMesh, mapping: dict[An
         "frames": frames,
         "snippets": snippets,
         "parameters": parameters,
-        "flops": sum(live.flops.values()),
-        "flops_of": live.flops,
+        "flops": live.flops,
         "tokens_received": ranks.received,
         "parameters_received": live.received,
         "resting_bytes": resting - host,
@@ -195,7 +191,7 @@ def _step(config: MirasolConfig, frames: int, mesh: DeviceMesh, mapping: dict[An
     }
 
 
-# Snippets of a rank with which steps are counted. In longer clips nothing new happens: flops of each part are a
+# Snippets of a rank with which steps are counted. In longer clips nothing new happens: flops are a
 # polynomial of second degree in the snippets of a rank (attention of the latent model), bytes a line, and memory a line
 # at each moment. Its peak is taken as the highest of lines of each layer of the model, forward and backward: too low,
 # by less than 1 % where it was tested, if within a layer another moment becomes the highest. A layer is computed again
@@ -219,19 +215,16 @@ def far(rows: Sequence[dict[str, Any]], snippets: int) -> dict[str, Any]:
     def at(a: int, b: int, c: int) -> int:
         return a + t * (b - a) + t * (t - 1) // 2 * (a - 2 * b + c)
 
-    known = ("tokens_received", "parameters_received", "resting_bytes")
+    known = ("flops", "tokens_received", "parameters_received", "resting_bytes")
     peaks = {where: [row["peaks"][where] for row in rows] for where in rows[-1]["peaks"]}
     lines = {where: c + (t - 2) * (c - b) for where, (_, b, c) in peaks.items()}
     peak = max(lines.values())
     gpus, parameters = rows[0]["gpus"], rows[0]["parameters"]
-    flops = {part: at(*(row["flops_of"][part] for row in rows)) for part in rows[0]["flops_of"]}
     return {
         "gpus": gpus,
         "frames": snippets * gpus * rows[0]["frames"] // rows[0]["snippets"],
         "snippets": snippets * gpus,
         "parameters": parameters,
-        "flops": sum(flops.values()),
-        "flops_of": flops,
         **{key: at(*(row[key] for row in rows)) for key in known},
         "peak_bytes": peak,
         "peaks": lines,
@@ -252,16 +245,13 @@ def count(config: MirasolConfig, frames: int, gpus: int, counted: dict[int, list
 class Rates(NamedTuple):
     """Flops and bytes a second of one GPU, and where they come from."""
 
-    flops: float | dict[str, float]  # or of each part of the model
+    flops: float
     received: float | None
     source: str
 
     def times(self, row: dict[str, Any]) -> dict[str, float]:
         """Seconds of a step: of arithmetic, of messages, and between all hidden behind the arithmetic and none."""
-        if isinstance(self.flops, dict):
-            times = {"compute_seconds": sum(n / self.flops[part] for part, n in row["flops_of"].items())}
-        else:
-            times = {"compute_seconds": row["flops"] / self.flops}
+        times = {"compute_seconds": row["flops"] / self.flops}
         if self.received is not None or row["gpus"] == 1:
             moved = row["tokens_received"] + row["parameters_received"]
             times["network_seconds"] = moved / self.received if self.received else 0.0
@@ -281,7 +271,8 @@ def read_rates(options: argparse.Namespace, config: MirasolConfig) -> Rates | No
         rates = layer_times.rates(flops, seconds)
         per_layer = ", ".join(f"{part} {rate / 1e12:.3g}" for part, rate in rates.items())
         source = f"MEASURED on {layer_times.device_name()} with {options.measure} snippets, TFLOP/s: {per_layer}"
-        return Rates(rates, received, source + network)
+        source += "; all taken at that of the encoder, which is most of a step"
+        return Rates(rates["encoder"], received, source + network)
     if options.rates is not None:
         report = json.loads(options.rates.read_text())
         if "gpu" not in report.get("machine", {}) or "gemm bfloat16" not in report.get("ceilings", {}):
