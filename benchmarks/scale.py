@@ -1,14 +1,15 @@
 """What a training step of one long clip costs on 1 to 64 GPUs, without a GPU: bytes moved, flops, memory of a rank.
 
 python -m benchmarks.scale [--preset 3b] [--combiner current] [--frames 4096] [--gpus 1 2 4 8 ...] [--largest 80 141]
-    [--tflops 400 --gbps 200 | --rates FILE]
+    [--tflops 400 | --rates FILE | --measure SNIPPETS] [--gbps 200]
 
 The step itself runs, `shard(SnippetParallel(Mirasol))` with AdamW as rank 0 of that many, on fake tensors and in a
 fake process group: every storage, matmul and message is counted, and nothing is computed. What is counted is exact for
 this code, but for what an allocator wastes and a kernel keeps for itself; long clips follow from short ones (`NEAR`).
-Time is not counted: it is flops over a rate and bytes over a rate. --rates reads the rate of matmuls from a results
-file of a GPU (`ceilings`); --tflops and --gbps are assumptions, and are printed and written down as such. Without rates
-there are no times.
+Time is not counted: it is flops over a rate and bytes over a rate. --measure times layers of each part here, on the GPU
+if there is one (`benchmarks.layer_times`); --rates reads the rate of matmuls from a results file of a GPU (`ceilings`);
+--tflops and --gbps are assumptions, and are printed and written down as such. Without rates there are no times. The
+optimiser, which computes next to nothing, is not in them.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from benchmarks import harness
+from benchmarks import harness, layer_times
 from benchmarks.flops import counted_ops
 from benchmarks.sweep import positive
 from benchmarks.whole import configure
@@ -190,10 +191,14 @@ def _step(config: MirasolConfig, frames: int, mesh: DeviceMesh, mapping: dict[An
     }
 
 
-# Snippets of a rank with which steps are counted. In longer clips nothing new happens: flops are a polynomial of second
-# degree in the snippets of a rank (attention of the latent model), bytes a line, and memory a line in each layer of the
-# model, forward and backward; its peak is the highest of those.
-NEAR = (16, 24, 32)
+# Snippets of a rank with which steps are counted. In longer clips nothing new happens: flops are a
+# polynomial of second degree in the snippets of a rank (attention of the latent model), bytes a line, and memory a line
+# at each moment. Its peak is taken as the highest of lines of each layer of the model, forward and backward: too low,
+# by less than 1 % where it was tested, if within a layer another moment becomes the highest. A layer is computed again
+# in pieces of 512 tokens, the last of which does less when it is shorter: so the snippets go in steps of 512 compact
+# tokens. With the Combiner in context "all" no such steps exist below 512 snippets: its clips are counted whole.
+NEAR = (16, 32, 48)
+APART = NEAR[1] - NEAR[0]
 
 
 def near(config: MirasolConfig, gpus: int) -> list[dict[str, Any]]:
@@ -201,11 +206,11 @@ def near(config: MirasolConfig, gpus: int) -> list[dict[str, Any]]:
 
 
 def far(rows: Sequence[dict[str, Any]], snippets: int) -> dict[str, Any]:
-    """What `step` would count with so many snippets of each rank, a multiple of 8, from `near`.
+    """What `step` would count with so many snippets of each rank, a multiple of APART, from `near`.
 
     bend: the largest of what memory of a layer differs from a line at NEAR, over the peak.
     """
-    t = (snippets - NEAR[0]) // (NEAR[1] - NEAR[0])
+    t = (snippets - NEAR[0]) // APART
 
     def at(a: int, b: int, c: int) -> int:
         return a + t * (b - a) + t * (t - 1) // 2 * (a - 2 * b + c)
@@ -230,7 +235,7 @@ def far(rows: Sequence[dict[str, Any]], snippets: int) -> dict[str, Any]:
 def count(config: MirasolConfig, frames: int, gpus: int, counted: dict[int, list[dict[str, Any]]]) -> dict[str, Any]:
     """`step`, or where that takes long `far`. counted: `near` of each number of GPUs, which is added to."""
     snippets, rest = divmod(frames, gpus * config.video.frames)
-    if rest or snippets % 8 or snippets <= NEAR[-1]:
+    if rest or snippets % APART or snippets <= 2 * NEAR[-1] or config.combiner.context == "all":
         return step(config, frames, gpus)
     if gpus not in counted:
         counted[gpus] = near(config, gpus)
@@ -255,39 +260,47 @@ class Rates(NamedTuple):
         return times
 
 
-def read_rates(options: argparse.Namespace) -> Rates | None:
-    """From a results file of a GPU, or assumed; None where nothing is known."""
+def read_rates(options: argparse.Namespace, config: MirasolConfig) -> Rates | None:
+    """Measured here, from a results file of a GPU, or assumed; None where nothing is known."""
     received = None if options.gbps is None else options.gbps * GB
+    network = "" if received is None else f"; {options.gbps:g} GB/s ASSUMED"
+    if options.measure is not None:
+        shallow = layer_times.shallow(config)
+        flops = {p: step(c, options.measure * config.video.frames, 1)["flops"] for p, c in shallow.items()}
+        seconds = layer_times.seconds(config, options.measure, WORDS, FPS)
+        rates = layer_times.rates(flops, seconds)
+        per_layer = ", ".join(f"{part} {rate / 1e12:.3g}" for part, rate in rates.items())
+        source = f"MEASURED on {layer_times.device_name()} with {options.measure} snippets, TFLOP/s: {per_layer}"
+        source += "; all taken at that of the encoder, which is most of a step"
+        return Rates(rates["encoder"], received, source + network)
     if options.rates is not None:
         report = json.loads(options.rates.read_text())
         if "gpu" not in report.get("machine", {}) or "gemm bfloat16" not in report.get("ceilings", {}):
             raise ValueError(f"--rates: expected a results file of a GPU with its 'gemm bfloat16', got {options.rates}")
         source = f"matmuls as measured on {report['machine']['gpu']} ({options.rates.name})"
-        source += "" if received is None else f", {options.gbps:g} GB/s ASSUMED"
-        return Rates(report["ceilings"]["gemm bfloat16"], received, source)
+        return Rates(report["ceilings"]["gemm bfloat16"], received, source + network)
     if options.tflops is None:
         return None
-    source = f"{options.tflops:g} TFLOP/s" + ("" if received is None else f" and {options.gbps:g} GB/s")
-    return Rates(options.tflops * 1e12, received, f"{source}, ASSUMED, not measured")
+    return Rates(options.tflops * 1e12, received, f"{options.tflops:g} TFLOP/s ASSUMED{network}")
 
 
 def largest(rows: Sequence[dict[str, Any]], limits: Sequence[float]) -> dict[str, Any]:
-    """The longest clip, in steps of 8 snippets, whose training step stays below each limit in GB on one GPU.
+    """The longest clip, in steps of APART snippets, whose training step stays below each limit in GB on one GPU.
 
     rows: `near` of one GPU.
     """
     each = rows[0]["frames"] // rows[0]["snippets"]
-    lines = [(row, rows[2]["peaks"][where]) for where, row in rows[1]["peaks"].items()]  # at 24 and at 32 snippets
+    lines = [(row, rows[2]["peaks"][where]) for where, row in rows[1]["peaks"].items()]  # at the last two of NEAR
     steepest = max(high - low for low, high in lines)
 
-    def eights(limit: float) -> int:
+    def steps(limit: float) -> int:
         if any(high <= low and low > limit for low, high in lines):
             return 0
-        return min(4 + int((limit - high) // (high - low)) for low, high in lines if high > low)
+        return min(NEAR[-1] // APART + int((limit - high) // (high - low)) for low, high in lines if high > low)
 
     return {
-        "bytes_per_snippet": steepest / 8,
-        "frames": {f"{limit:g}": max(0, 8 * each * eights(limit * GB)) for limit in limits},
+        "bytes_per_snippet": steepest / APART,
+        "frames": {f"{limit:g}": max(0, APART * each * steps(limit * GB)) for limit in limits},
     }
 
 
@@ -310,31 +323,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--combiner", choices=COMBINERS, default="current")
     parser.add_argument("--frames", type=positive, default=4096)
     parser.add_argument("--gpus", type=positive, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
-    parser.add_argument("--largest", type=float, nargs="*", default=[80, 141], help="memory of one GPU in GB")
+    parser.add_argument("--largest", type=float, nargs="*", default=[], help="GB of one GPU: 80 141; `current` only")
+    parser.add_argument("--measure", type=positive, help="time layers here, in steps of so many snippets")
     parser.add_argument("--tflops", type=float, help="assumed rate of matmuls, in bfloat16")
     parser.add_argument("--gbps", type=float, help="assumed GB/s that a GPU receives")
     parser.add_argument("--rates", type=Path, help="results file of a GPU")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the JSON (default: out)")
     options = parser.parse_args(arguments)
     config = replace(configure(options.preset, options.combiner), recompute="snippet")
-    try:
-        rates = read_rates(options)
-    except ValueError as error:
-        parser.error(str(error))
     if max(options.gpus) * config.video.frames > options.frames:
         parser.error(f"--gpus: expected a snippet of {config.video.frames} frames for each, got {max(options.gpus)}")
+    if options.largest and options.combiner == "all":
+        parser.error("--largest: expected nothing with --combiner all, whose memory is counted and not on lines")
+    try:
+        rates = read_rates(options, config)
+    except ValueError as error:
+        parser.error(str(error))
     counted: dict[int, list[dict[str, Any]]] = {}
     rows = []
     for gpus in tqdm(options.gpus, disable=None):
         row = count(config, options.frames, gpus, counted)
-        rows.append({key: x for key, x in row.items() if key != "peaks"} | (rates.times(row) if rates else {}))
-    report: dict[str, Any] = {"machine": harness.commit(), "preset": options.preset, "combiner": options.combiner}
-    report |= {"rates": rates.source if rates else None, "rows": rows}
+        row = {"times": rates.source if rates else "none"} | row | (rates.times(row) if rates else {})
+        rows.append({key: x for key, x in row.items() if key != "peaks"})
+    report: dict[str, Any] = {"machine": harness.machine(), "preset": options.preset, "combiner": options.combiner}
+    report["rows"] = rows
     print(f"{options.preset}, Combiner {options.combiner}: a training step of one clip of {options.frames} frames,")
     print(f"{rows[0]['parameters'] / 1e9:.3g} billion parameters, bfloat16 autocast, AdamW; numbers of one rank")
     print(table(rows))
     print(
-        f"times: {rates.source}" if rates else "no times: no rate is measured (--rates) or assumed (--tflops, --gbps)"
+        f"times: {rates.source}"
+        if rates
+        else "no times: no rate is measured (--measure, --rates) or assumed (--tflops)"
     )
     if bends := [row["bend"] for row in rows if "bend" in row]:
         print(
