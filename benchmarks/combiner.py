@@ -71,7 +71,7 @@ def milliseconds(row: dict[str, Any]) -> str:
 class Leaving(nn.Module):
     """In the place of a last block: what leaves is picked here, so all blocks before it compute every token."""
 
-    def forward(self, x: Tensor, attend: Callable, leave: Callable[[Tensor], Tensor]) -> Tensor:
+    def forward(self, x: Tensor, attend: Callable, leave: Callable[[Tensor], Tensor], recompute: bool) -> Tensor:
         return leave(x)
 
 

@@ -71,7 +71,7 @@ class Reader(nn.Module):
         super().__init__()
         self.model, self.sound = Mirasol(config), sound
         if not latent:
-            self.model.latent.forward = lambda x, *_: x  # type: ignore[method-assign]  # h_t is x_t
+            self.model.latent.forward = lambda x, *_, **__: x  # type: ignore[method-assign]  # h_t is x_t
 
     def forward(self, batch: Batch) -> Tensor:
         """-> logits of the answers (B, K, vocabulary)"""
