@@ -307,12 +307,14 @@ def largest(rows: Sequence[dict[str, Any]], limits: Sequence[float]) -> dict[str
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """One line per number of GPUs."""
     heads = ["GPUs", "snippets", "TFLOP", "at rest GB", "peak GB", "tokens GB", "parameters GB"]
-    timed = [key for key in ("compute_seconds", "network_seconds", "least_seconds", "most_seconds") if key in rows[0]]
+    columns = ("compute_seconds", "network_seconds", "least_seconds", "most_seconds")
+    timed = [key for key in columns if any(key in row for row in rows)]  # without --gbps one GPU alone has them all
     lines = [heads + [key.replace("_seconds", " s") for key in timed]]
     for row in rows:
         numbers = [row["flops"] / 1e12, *(row[f"{key}_bytes"] / GB for key in ("resting", "peak"))]
-        numbers += [row[f"{key}_received"] / GB for key in ("tokens", "parameters")] + [row[key] for key in timed]
-        lines.append([str(row["gpus"]), str(-(-row["snippets"] // row["gpus"])), *(f"{x:.4g}" for x in numbers)])
+        numbers += [row[f"{key}_received"] / GB for key in ("tokens", "parameters")]
+        cells = [f"{x:.4g}" for x in numbers] + [f"{row[key]:.4g}" if key in row else "" for key in timed]
+        lines.append([str(row["gpus"]), str(-(-row["snippets"] // row["gpus"])), *cells])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(x.rjust(w) for x, w in zip(line, widths, strict=True)) for line in lines)
 

@@ -122,3 +122,12 @@ def test_layers_are_timed_by_what_more_of_them_add(monkeypatch: pytest.MonkeyPat
 def _once(step: Callable[[], None]) -> harness.Timing:
     step()
     return harness.Timing(1.0, 1.0, 1.0, 1)
+
+
+def test_a_table_without_rates_of_links_times_one_gpu_alone() -> None:
+    row = {"snippets": 2, "flops": 1e12, "resting_bytes": 1e9, "peak_bytes": 2e9, "tokens_received": 0}
+    rates = scale.Rates(1e12, None, "measured")
+    rows = [row | {"gpus": gpus, "parameters_received": 0} for gpus in (1, 2)]
+    alone, two = scale.table([row | rates.times(row) for row in rows]).splitlines()[1:]
+    assert alone.split()[-4:] == ["1", "0", "1", "1"]
+    assert two.split()[-1] == "1"
