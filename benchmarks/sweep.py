@@ -314,7 +314,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--preset", choices=PRESETS, default="small")
     parser.add_argument("--snippet", type=positive, help="frames of a snippet (default: the preset's)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    parser.add_argument("--compile", action="store_true", help="the reference through torch.compile as well")
+    parser.add_argument("--compile", action="store_true", help="the reference with its blocks through torch.compile as well")
     parser.add_argument(
         "--combiner",
         choices=COMBINERS,
