@@ -17,6 +17,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator
 
 from benchmarks.cases import NAMES
 from benchmarks.harness import threads
+from benchmarks.whole import RECOMPUTING
 
 INK = "#7d8590"  # a grey with enough contrast on white and on black; so are the colours
 COLOURS = {
@@ -70,8 +71,16 @@ def _panel(
     for combiner, backend in lines:
         mine = [row for row in rows if (row["combiner"], row["backend"]) == (combiner, backend)]
         x, y = [row["frames"] for row in mine], [row[value] * scale for row in mine]
-        colour, style = COLOURS[backend], STYLES[combiners.index(combiner)]
-        axes.plot(x, y, color=colour, linestyle=style, marker="o", markersize=4, linewidth=1.8)
+        colour, style = COLOURS[backend.removesuffix(RECOMPUTING)], STYLES[combiners.index(combiner)]
+        axes.plot(
+            x,
+            y,
+            color=colour,
+            linestyle=style,
+            marker="^" if RECOMPUTING in backend else "o",
+            markersize=4,
+            linewidth=1.8,
+        )
         if spread:
             low, high = ([row[name] * scale for row in mine] for name in spread)
             axes.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)

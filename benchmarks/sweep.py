@@ -28,6 +28,7 @@ from benchmarks.whole import (
     DTYPES,
     FRAMES,
     NOISE,
+    RECOMPUTING,
     SAMPLE,
     TEXT,
     Job,
@@ -66,7 +67,8 @@ def serving(
             serve.append(backend)
         except NotImplementedError as refusal:
             notes.append(f"{combiner}: {refusal}")
-    return serve + [COMPILED] * options.compile, notes
+    recomputing = [backend + RECOMPUTING for backend in serve if options.recompute]
+    return serve + recomputing + [COMPILED] * options.compile, notes
 
 
 def measure(
@@ -122,7 +124,7 @@ def measure(
         row["snippet"] = model.config.video.frames
         row["joules"] = None if device == "cpu" else harness.energy(work)
         row["error"] = exact and max(harness.error(outputs[job.backend][name], exact[name]) for name in exact)
-        if "reference" in timings and job.backend not in ("reference", COMPILED):
+        if "reference" in timings and not job.backend.startswith(("reference", COMPILED)):
             row["speed_up"] = timings["reference"].median / timing.median
             if spent := seconds_in_ops(work, device):  # 0 where a profiler is not allowed to look at the GPU
                 row["limit"] = timings["reference"].median / max(timing.median - spent, timing.median / 1000)
@@ -256,7 +258,7 @@ def sweep(
     """
     configs = {name: configure(options.preset, name, options.snippet) for name in dict.fromkeys(options.combiner)}
     print(introduction(report, configs[options.combiner[0]]), HEADER, sep="\n\n", flush=True)
-    sizes, known = sorted(set(options.frames)), len(BACKENDS[device]) + options.compile
+    sizes, known = sorted(set(options.frames)), len(BACKENDS[device]) * (1 + options.recompute) + options.compile
     total = sum(sizes) * len(configs) * (1 + 2 * known)
     form = "{desc:<42} {percentage:3.0f}% |{bar}| {elapsed}, {remaining} left"
     with tqdm(total=total, bar_format=form, dynamic_ncols=True, disable=None) as bar:  # on a terminal only
@@ -314,7 +316,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--preset", choices=PRESETS, default="small")
     parser.add_argument("--snippet", type=positive, help="frames of a snippet (default: the preset's)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    parser.add_argument("--compile", action="store_true", help="the reference with its blocks through torch.compile as well")
+    parser.add_argument(
+        "--compile", action="store_true", help="the reference with its blocks through torch.compile as well"
+    )
+    parser.add_argument(
+        "--recompute", action="store_true", help='with --train: each backend with recompute="snippet" as well'
+    )
     parser.add_argument(
         "--combiner",
         choices=COMBINERS,
@@ -339,6 +346,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:  # what can be wrong with the arguments is found out before anything is measured
         if options.mirasol_pytorch and device != "cpu":
             raise ValueError("--mirasol-pytorch runs on a CPU, and this sweep on a GPU")
+        if options.recompute and not options.train:
+            raise ValueError("--recompute: expected with --train: a forward pass keeps nothing for backward")
         options.out.mkdir(parents=True, exist_ok=True)
         if not os.access(options.out, os.W_OK):
             raise PermissionError(f"{options.out}: no permission to write into this folder")

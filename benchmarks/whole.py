@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +30,7 @@ COMBINERS = {
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 COMPILED = "compiled"  # the reference with its blocks through torch.compile, as a backend is named
+RECOMPUTING = ", recomputing"  # behind a backend's name: with recompute="snippet", so less is kept for backward
 TEXT = b"Which ball hits the wall first, and which one rings the lowest?"
 Results = dict[str, list[torch.Tensor]]
 
@@ -89,17 +91,26 @@ def first(clip: Clip, frames: int, device: str) -> Clip:
 
 def runner(model: Mirasol, backend: str | None) -> tuple[Callable[..., Any], str | None]:
     """What is called and the backend that its ops are asked for."""
+    if backend is not None and backend.endswith(RECOMPUTING):
+        twin = _twin(model)
+        twin.config = replace(model.config, recompute="snippet")
+        return twin, backend.removesuffix(RECOMPUTING)
     if backend != COMPILED:
         return model, backend
     # Block by block: as fast as torch.compile of the whole, which the lengths between blocks, host arithmetic, cut into
     # 54 graphs (12 s to compile, not 90, a training step of 16 frames).
     torch._dynamo.reset()
     torch._dynamo.config.recompile_limit = 64  # the encoder's blocks, a Combiner's, its last one, ... are a graph each
-    twin = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+    twin = _twin(model)
     for module in twin.modules():
         if isinstance(module, Block):
             module.compile(dynamic=False)
     return twin, "reference"
+
+
+def _twin(model: Mirasol) -> Mirasol:
+    """A copy with the same parameters, not merely equal ones: it gets the gradients where they are looked for."""
+    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
 
 
 def step(
@@ -126,6 +137,7 @@ def step(
 
 def prepare(job: Job) -> Callable[[], int]:
     """In a fresh process: everything but the step, whose memory is watched."""
+    harness.return_freed()
     config = configure(job.preset, job.combiner, job.snippet)
     model = build(config, job.device, job.dtype)
     clip = first(load(job.clip, config, job.frames), job.frames, job.device)

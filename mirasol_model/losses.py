@@ -96,9 +96,9 @@ class Reconstruction(nn.Module):
         whole = (ends[None] <= np.asarray(real)[:, None]).reshape(-1, self.grid[0], self.patch[0]).all(axis=2)
         return np.repeat(whole, int(np.prod(self.grid[1:])), axis=1)
 
-    def forward(self, h: Tensor, snippets: Tensor) -> Tensor:
-        """h_t (R, m, d), snippets t+1 (R, channels, *space) -> (R, P): 1 - cosine, or the mean squared difference."""
-        guess, target = widen(self.predict(h)), widen(self.target(snippets))
+    def forward(self, h: Tensor, target: Tensor) -> Tensor:
+        """h_t (R, m, d), `target` of snippets t+1 -> (R, P): 1 - cosine, or the mean squared difference."""
+        guess, target = widen(self.predict(h)), widen(target)
         if self.distance == "cosine":
             return 1 - F.cosine_similarity(guess, target, dim=-1)
         return (guess - target).square().mean(-1)

@@ -295,7 +295,8 @@ class Mirasol(nn.Module, PyTorchModelHubMixin, library_name="mirasol-kernels", l
 
         def reconstruct(loss: Reconstruction, real: np.ndarray, sense: Callable[[Clips, np.ndarray], Tensor]):
             def errors(rows: np.ndarray) -> Tensor:
-                return loss(h[to_index(before[rows], h)], sense(own, rows))
+                target = loss.target(sense(own, rows))  # first, so that the large pictures are gone when it predicts
+                return loss(h[to_index(before[rows], h)], target)
 
             parts = self._parts(own, spread)
             if (some := chosen(real.reshape(rows, snippets, -1), parts)) is None:
@@ -319,7 +320,7 @@ class Mirasol(nn.Module, PyTorchModelHubMixin, library_name="mirasol-kernels", l
 
     def _picture(self, clips: Clips, rows: np.ndarray) -> Tensor:
         """Snippets `rows` of (B, T), in [-1, 1]: (R, 3, F, H, W)"""
-        return to_unit_range(_pick(clips.video, rows), self.video_loss.query.dtype) * 2 - 1
+        return to_unit_range(_pick(clips.video, rows), self.video_loss.query.dtype).mul_(2).sub_(1)  # a copy already
 
     def _sound(self, clips: Clips, rows: np.ndarray) -> Tensor:
         """Snippets `rows` of (B, T): (R, 1, spectrogram frames, mel bins)"""

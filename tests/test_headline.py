@@ -28,6 +28,8 @@ def test_verdicts():
     assert met(asked, ours, eager) == "not measured: compiled"
     assert met(asked) == "not measured: eager, compiled, memory"
     assert met(Target(1.0), ours, row("reference", 1.0)) == "yes"  # of memory nothing is asked
+    again = row("native, recomputing", 0.5, 5e8)
+    assert met(asked._replace(recomputing=True), again, eager, compiled) == "yes"
 
 
 def test_every_target_has_a_line_and_the_last_report_counts():
@@ -36,7 +38,7 @@ def test_every_target_has_a_line_and_the_last_report_counts():
 
     old, new = report(True, row("native", 9.0), row("reference", 9.0)), report(True, row("native", 1.0))
     lines = headline.judged([old, new, report(True, row("native", 5.0), preset="base")], gpu=False)
-    assert len(lines) == 2 * 2 * 5 and all(len(line) == len(headline.HEAD) for line in lines)
+    assert len(lines) == 2 * 2 * 5 + 1 and all(len(line) == len(headline.HEAD) for line in lines)
     assert lines[0][0] == "512 frames, training step, `all`" and lines[0][1] == ""  # measured anew, alone
     assert headline.judged([old], gpu=False)[0][1] == "1.00"
     assert [line[0] for line in headline.judged([], gpu=True)] == [

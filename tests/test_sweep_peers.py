@@ -142,6 +142,15 @@ def test_the_compiled_reference(quick, monkeypatch, tmp_path):
     assert "speed_up" not in rows["compiled"] and "speed_up" not in rows["reference"]
 
 
+def test_ours_and_the_reference_recomputing(quick, tmp_path, capsys):
+    arguments = ["--preset", "tiny", "--clip", "noise", "--frames", "8", "--recompute", "--out", str(tmp_path)]
+    assert sweep.main(arguments) == 2 and "--recompute: expected with --train" in capsys.readouterr().err
+    assert sweep.main([*arguments, "--train"]) == 0
+    rows = {row["backend"]: row for row in json.loads((tmp_path / "sweep.json").read_text())["rows"]}
+    assert list(rows) == ["native", "reference", "native, recomputing", "reference, recomputing"]
+    assert all(row["error"] < 1e-3 for row in rows.values()) and rows["native, recomputing"]["speed_up"] > 0
+
+
 def test_half_precision_and_other_snippets(quick, tmp_path):
     arguments = ["--preset", "tiny", "--clip", "noise", "--frames", "8", "--dtype", "bfloat16", "--snippet", "8"]
     assert sweep.main([*arguments, "--out", str(tmp_path)]) == 0
