@@ -121,6 +121,7 @@ def measure(
         bar.set_description(f"{frames} frames, {combiner}: memory of {job.backend}")
         taken = [harness.peak_memory(prepare, job, device=device) for _ in range(LOOKS[device])]
         row = described(job, timings[job.backend], *min(taken, key=step_bytes))
+        row["step_bytes_high"] = max(map(step_bytes, taken))
         bar.update(frames)
         work, timing = works[job.backend], timings[job.backend]
         row["snippet"] = model.config.video.frames

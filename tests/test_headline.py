@@ -28,6 +28,8 @@ def test_verdicts():
     assert met(asked, ours, eager) == "not measured: compiled"
     assert met(asked) == "not measured: eager, compiled, memory"
     assert met(Target(1.0), ours, row("reference", 1.0)) == "yes"  # of memory nothing is asked
+    spread = row("reference", 2.0, 2e9) | {"step_bytes_high": 4e9}
+    assert met(asked, ours, spread, compiled) == "no: memory (within the spread)"
     again = row("native, recomputing", 0.5, 5e8)
     assert met(asked._replace(recomputing=True), again, eager, compiled) == "yes"
 
