@@ -34,7 +34,7 @@ from benchmarks.flops import counted_ops
 from benchmarks.rank_step import FPS, WORDS, Live, fake_model
 from benchmarks.sweep import positive
 from benchmarks.whole import configure
-from mirasol_kernels import SnippetLayout, block_causal_attention
+from mirasol_kernels import SnippetLayout, block_causal_attention, explain
 from mirasol_model import Mirasol, MirasolConfig
 from mirasol_model.config import PRESETS
 from mirasol_model.layers import Rotary, recomputed, rotary, rotate
@@ -249,6 +249,11 @@ def again(function: Callable[..., Any], *args: Any) -> Any:
         return recomputed(function, *args)
 
 
+def countable() -> bool:
+    """Whether flops can be counted here: by the operators of the CPU's kernels, whatever runs on the GPU."""
+    return explain("block_causal_attention")["native"] == "runs"
+
+
 def counted(config: MirasolConfig, wanted: Sequence[tuple[str, int]]) -> list[int]:
     """Flops of calls of parts, by name and snippets."""
     with counted_ops() as formulas, FakeTensorMode(allow_non_fake_inputs=True):
@@ -293,12 +298,14 @@ def measure(
 ) -> list[dict[str, Any]]:
     """A row for each call, all of them interleaved; the step itself is one where `whole` says so."""
     where, calls = device(), sizes(config, snippets, gpus, most)
-    flops = dict(zip(calls, counted(config, calls), strict=True))
+    flops: dict[Any, int | None] = dict.fromkeys(calls)
+    if countable():
+        flops |= dict(zip(calls, counted(config, calls), strict=True))
     layers = Layers(config, where)
     works = {call: layers.work(*call) for call in calls}
     if whole:
         works[WHOLE, snippets] = whole_step(config, snippets, where)
-        flops[WHOLE, snippets] = flops_of(config, parts(config, snippets, 1))
+        flops[WHOLE, snippets] = flops_of(config, parts(config, snippets, 1)) if countable() else None
     named = {f"{name}, {n}": work for (name, n), work in works.items()}
     times = harness.interleave(named, rounds=9, budget=seconds, device=where)
     return [
@@ -331,6 +338,10 @@ def composed(config: MirasolConfig, snippets: int, gpus: int, rows: Sequence[dic
             )
         near = max((n for n in mine if n < part.snippets), default=min(mine))
         scaled.append((part, mine[near]))
+    if scaled and not (countable() and all(row["flops"] is not None for _, row in scaled)):
+        raise ValueError(
+            f"--layers: expected times of {scaled[0][0]}, or flops counted by the CPU's kernels, got neither"
+        )
     flops = counted(config, [(part.name, part.snippets) for part, _ in scaled]) if scaled else []
     return exact + sum(
         part.calls * row["seconds"] * (work / row["flops"] if work else part.snippets / row["snippets"])
