@@ -177,7 +177,8 @@ def _step(config: MirasolConfig, frames: int, mesh: DeviceMesh, mapping: dict[An
 # at each moment. Its peak is taken as the highest of lines of each layer of the model, forward and backward: too low,
 # by less than 1 % where it was tested, if within a layer another moment becomes the highest. A layer is computed again
 # in pieces of 512 tokens, the last of which does less when it is shorter: so the snippets go in steps of 512 compact
-# tokens. With the Combiner in context "all" no such steps exist below 512 snippets: its clips are counted whole.
+# tokens. With the Combiner in context "all" no such steps exist below 512 snippets: memory is as good (a piece is
+# little), flops are not, and are to be counted in another way.
 NEAR = (16, 32, 48)
 APART = NEAR[1] - NEAR[0]
 
@@ -211,13 +212,3 @@ def far(rows: Sequence[dict[str, Any]], snippets: int) -> dict[str, Any]:
         "peaks": lines,
         "bend": max(abs(a - 2 * b + c) for where, (a, b, c) in peaks.items() if lines[where] > 0.9 * peak) / peak,
     }
-
-
-def count(config: MirasolConfig, frames: int, gpus: int, counted: dict[int, list[dict[str, Any]]]) -> dict[str, Any]:
-    """`step`, or where that takes long `far`. counted: `near` of each number of GPUs, which is added to."""
-    snippets, rest = divmod(frames, gpus * config.video.frames)
-    if rest or snippets % APART or snippets <= 2 * NEAR[-1] or config.combiner.context == "all":
-        return step(config, frames, gpus)
-    if gpus not in counted:
-        counted[gpus] = near(config, gpus)
-    return far(counted[gpus], snippets)

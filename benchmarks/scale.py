@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from benchmarks import harness, results
 from benchmarks.layer_times import COMBINERS, GPUS, composed, device_name, flops_of, parts
-from benchmarks.rank_step import APART, NEAR, count, near
+from benchmarks.rank_step import APART, NEAR, far, near, step
 from benchmarks.sweep import positive
 from benchmarks.whole import configure
 from mirasol_model import MirasolConfig
@@ -32,6 +32,19 @@ from mirasol_model.config import PRESETS
 
 GB = 1e9
 MEMORIES = (80, 141)  # GB of an H100 and of an H200
+
+
+def count(config: MirasolConfig, frames: int, gpus: int, counted: dict[int, list[dict[str, Any]]]) -> dict[str, Any]:
+    """`step`, or where that takes long `far`. counted: `near` of each number of GPUs, which is added to."""
+    snippets, rest = divmod(frames, gpus * config.video.frames)
+    if rest or snippets % APART or snippets <= 2 * NEAR[-1]:
+        return step(config, frames, gpus)
+    if gpus not in counted:
+        counted[gpus] = near(config, gpus)
+    row = far(counted[gpus], snippets)
+    if config.combiner.context == "all":
+        row["flops"] = flops_of(config, parts(config, row["snippets"], gpus))
+    return row
 
 
 class Rates(NamedTuple):
@@ -121,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--combiner", choices=COMBINERS, default="current")
     parser.add_argument("--frames", type=positive, default=4096)
     parser.add_argument("--gpus", type=positive, nargs="+", default=list(GPUS))
-    parser.add_argument("--largest", type=float, nargs="*", default=[], help="GB of one GPU: 80 141; `current` only")
+    parser.add_argument("--largest", type=float, nargs="*", default=[], help="GB of one GPU: 80 141")
     parser.add_argument("--layers", type=Path, help="results file of benchmarks.layer_times, or of a gpu_check")
     parser.add_argument("--tflops", type=float, help="assumed rate of matmuls, in bfloat16")
     parser.add_argument("--gbps", type=float, help="assumed GB/s that a GPU receives")
@@ -130,8 +143,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config = replace(configure(options.preset, options.combiner), recompute="snippet")
     if max(options.gpus) * config.video.frames > options.frames:
         parser.error(f"--gpus: expected a snippet of {config.video.frames} frames for each, got {max(options.gpus)}")
-    if options.largest and options.combiner == "all":
-        parser.error("--largest: expected nothing with --combiner all, whose memory is counted and not on lines")
     try:
         rates = read_rates(options, config)
     except (OSError, ValueError) as error:

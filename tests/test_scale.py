@@ -62,9 +62,6 @@ def test_bad_options(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
         scale.main(["--frames", "16", "--gpus", "64"])
     assert "--gpus: expected a snippet of 8 frames for each, got 64" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        scale.main(["--combiner", "all", "--largest", "80"])
-    assert "--largest: expected nothing with --combiner all" in capsys.readouterr().err
 
 
 def test_nothing_is_known_of_a_network_without_a_rate() -> None:
@@ -84,14 +81,17 @@ def test_the_longest_clip_is_where_the_first_line_meets_its_limit() -> None:
     assert fits["frames"] == {"0.5": 0, "2": 16 * 4 * (250 // 16)} and fits["bytes_per_snippet"] == 4e6
 
 
-def test_a_long_clip_follows_from_short_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("combiner", layer_times.COMBINERS)
+def test_a_long_clip_follows_from_short_ones(combiner: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """At 16 snippets of 4 compact tokens a rank a layer is one piece, at 64 four, as 3b has them with its 32 tokens."""
-    config = replace(configure("tiny", "current"), recompute="snippet")
+    config = replace(configure("tiny", combiner), recompute="snippet")
     monkeypatch.setattr(layers, "AT_A_TIME", rank_step.APART * config.combiner.tokens)
     snippets = 64
     row = rank_step.far(rank_step.near(config, GPUS), snippets)
     direct = rank_step.step(config, snippets * GPUS * config.video.frames, GPUS)
-    for key in ("frames", "snippets", "flops", "tokens_received", "parameters_received", "resting_bytes"):
+    exact = ["frames", "snippets", "tokens_received", "parameters_received", "resting_bytes"]
+    exact += ["flops"] if combiner == "current" else []  # the last piece of a layer over all tokens may be any
+    for key in exact:
         assert row[key] == direct[key], key
     # Of a layer it is the highest of several moments, each a line: one that overtakes later is missed. Never too high.
     assert 0.99 * direct["peak_bytes"] < row["peak_bytes"] <= direct["peak_bytes"]
