@@ -339,9 +339,8 @@ def composed(config: MirasolConfig, snippets: int, gpus: int, rows: Sequence[dic
         near = max((n for n in mine if n < part.snippets), default=min(mine))
         scaled.append((part, mine[near]))
     if scaled and not (countable() and all(row["flops"] is not None for _, row in scaled)):
-        raise ValueError(
-            f"--layers: expected times of {scaled[0][0]}, or flops counted by the CPU's kernels, got neither"
-        )
+        name, size, _ = scaled[0][0]
+        raise ValueError(f"--layers: expected a time of {name!r} of {size} snippets, or flops to scale by, got none")
     flops = counted(config, [(part.name, part.snippets) for part, _ in scaled]) if scaled else []
     return exact + sum(
         part.calls * row["seconds"] * (work / row["flops"] if work else part.snippets / row["snippets"])
@@ -393,10 +392,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if max(options.gpus) > snippets:
             parser.error(f"--gpus: expected at most {snippets}, a snippet for each, got {max(options.gpus)}")
         rows = measure(config, snippets, options.gpus, options.most, options.whole, options.seconds)
-        print(f"{options.preset}, Combiner {name}, clip of {options.frames} frames, {device_name(where)}:")
-        print(*lines(config, snippets, options.gpus, rows), sep="\n", flush=True)
         report["rows"] += rows
         harness.write(report, file)
+        print(f"{options.preset}, Combiner {name}, clip of {options.frames} frames, {device_name(where)}:")
+        print(*lines(config, snippets, options.gpus, rows), sep="\n", flush=True)
     print(f"wrote {file}")
     return 0
 

@@ -141,7 +141,7 @@ def test_a_step_is_the_sum_of_its_layers(measured: Path) -> None:
     assert layer_times.composed(config, snippets, 1, even) == pytest.approx(expected, rel=1e-12)
     with pytest.raises(ValueError, match="--layers: expected a time of 'encoder' of 8 snippets, got those of"):
         layer_times.composed(config, snippets, 1, [row for row in rows if row["part"] != "encoder"])
-    with pytest.raises(ValueError, match="of 'tokens' of 8 snippets, or flops to scale one by, got none"):
+    with pytest.raises(ValueError, match="of 'tokens' of 8 snippets, or flops to scale by, got none"):
         layer_times.composed(config, snippets, 1, [row | {"flops": None} for row in rows])
     with pytest.raises(ValueError, match="--layers: expected a time of 'text' of 16 snippets"):
         layer_times.composed(config, 2 * snippets, 1, rows)  # it is not linear in them
