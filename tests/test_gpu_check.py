@@ -212,6 +212,7 @@ def test_commands_are_what_the_benchmarks_take(fake_gpu, monkeypatch):
         if "benchmarks.layer_times" in stage.command:
             import benchmarks.layer_times as layer_times
 
+            monkeypatch.setattr(layer_times, "device", lambda: "cpu")  # there is no GPU to describe
             monkeypatch.setattr(layer_times, "measure", lambda config, *_: (_ for _ in ()).throw(EOFError(config)))
             with pytest.raises(EOFError, match="dim=1280"):
                 layer_times.main(stage.command[3:])
