@@ -171,6 +171,8 @@ def table(report: dict[str, Any]) -> str:
             lines += [f"  FAILED {name}" for name in result["bad"][:20]]
         elif result and "summary" in result:
             lines += [f"{found['name']}:", *ratios(result)]
+        elif result and "layers_of" in result:
+            lines += [f"layers of {result['layers_of']}:", *layer_lines(result["rows"])]
         elif result and "rows" in result:
             from benchmarks import sweep  # needs more packages, which are here if it has run
 
@@ -197,6 +199,19 @@ def ratios(result: dict[str, Any]) -> list[str]:
         lines.append(f"  {case:<17} {dtype:<8} {direction:<8} {said}; {', '.join(others)}")
     failed = [note for note in result["notes"] if note.get("failed")]
     return lines + [f"  FAILED {note['case']}, {note['direction']}: {note['reason']}" for note in failed]
+
+
+def layer_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """At their largest; of the whole file `benchmarks.scale --layers` makes steps."""
+    most: dict[tuple[str, str], dict[str, Any]] = {}
+    for row in rows:
+        if row["snippets"] >= most.get((row["combiner"], row["part"]), row)["snippets"]:
+            most[row["combiner"], row["part"]] = row
+    return [
+        f"  {combiner:<8} {part:<27}{row['snippets']:>4} snippets {row['seconds'] * 1e3:9.3f} ms"
+        + (f" {row['flops'] / row['seconds'] / 1e12:7.1f} TFLOP/s" if row["flops"] else "")
+        for (combiner, part), row in most.items()
+    ]
 
 
 def version(package: str) -> str | None:

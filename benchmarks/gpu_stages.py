@@ -71,11 +71,12 @@ def stages(device: str) -> list[Stage]:
         model("forward", 20, device, "--combiner", "all"),
         model("training", 25, device, "--combiner", "all", "--train"),
         by_parts(20, device),
-        op("attention-flex", "block_causal_attention", 45, device, "bfloat16", "--peer", ours, "flex"),
-        op("token-learner-compile", "token_learner", 20, device, "bfloat16", "--peer", ours, "compile"),
-        op("recurrence-compile", "latent_recurrence", 20, device, "float32", "--peer", "ours", "compile"),
+        layers(35, device),
+        op("attention-flex", "block_causal_attention", 30, device, "bfloat16", "--peer", ours, "flex"),
+        op("token-learner-compile", "token_learner", 15, device, "bfloat16", "--peer", ours, "compile"),
+        op("recurrence-compile", "latent_recurrence", 15, device, "float32", "--peer", "ours", "compile"),
         *(sanitizer(tool) for tool in SANITIZERS),
-        model("combiners", 15, device, "--combiner", "current", "ttm", "perceiver", "token_learner", "--train"),
+        model("combiners", 5, device, "--combiner", "current", "ttm", "perceiver", "token_learner", "--train"),
         op("attention-more", "block_causal_attention", 0, device, "bfloat16", "--peer", ours, *others),
         model("compiled", 0, device, "--train", "--compile"),  # if anything is left
     ]
@@ -149,6 +150,14 @@ def by_parts(seconds: float, device: str) -> Stage:
     command = [sys.executable, "-m", "benchmarks.parts", "--preset", *size(device), "--combiner", "all", *clip]
     command += ["--seconds", "2", "--out", str(out)]
     return Stage("parts", seconds, command, out / "parts.json", without("huggingface_hub"))
+
+
+def layers(seconds: float, device: str) -> Stage:
+    """The layers of a training step of 3b, in calls as large as 1 to 64 GPUs make them: for `benchmarks.scale`."""
+    out, preset, frames = WORK / "layers", *(("3b", "4096") if device == "cuda" else ("tiny", "256"))
+    command = [sys.executable, "-m", "benchmarks.layer_times", "--preset", preset, "--frames", frames]
+    command += ["--seconds", "2", "--out", str(out)]
+    return Stage("layers", seconds, command, out / f"layers-{preset}.json", without("huggingface_hub"))
 
 
 def sanitizer(tool: str) -> Stage:

@@ -1,15 +1,13 @@
 """What a training step of one long clip costs on 1 to 64 GPUs, without a GPU: bytes moved, flops, memory of a rank.
 
 python -m benchmarks.scale [--preset 3b] [--combiner current] [--frames 4096] [--gpus 1 2 4 8 ...] [--largest 80 141]
-    [--tflops 400 | --rates FILE | --measure SNIPPETS] [--gbps 200]
+    [--layers FILE | --tflops 400] [--gbps 200]
 
-The step itself runs, `shard(SnippetParallel(Mirasol))` with AdamW as rank 0 of that many, on fake tensors and in a
-fake process group: every storage, matmul and message is counted, and nothing is computed. What is counted is exact for
-this code, but for what an allocator wastes and a kernel keeps for itself; long clips follow from short ones (`NEAR`).
-Time is not counted: it is flops over a rate and bytes over a rate. --measure times layers of each part here, on the GPU
-if there is one (`benchmarks.layer_times`); --rates reads the rate of matmuls from a results file of a GPU (`ceilings`);
---tflops and --gbps are assumptions, and are printed and written down as such. Without rates there are no times. The
-optimiser, which computes next to nothing, is not in them.
+Flops, bytes and messages are counted (`benchmarks.rank_step`). Time is not: that of arithmetic is the sum of the layers
+of a step as `benchmarks.layer_times` has measured them, on whatever device (--layers, its file or that of a
+`gpu_check`), or flops over a rate; that of messages is bytes over a rate. --tflops and --gbps are assumptions, and are
+printed and written down as such. Without any there are no times. The optimiser, which computes next to nothing, is not
+in them.
 """
 
 from __future__ import annotations
@@ -17,241 +15,48 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import warnings
-import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest.mock import patch
 
-import numpy as np
-import torch
-import torch.distributed as dist
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor
-from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from benchmarks import harness, layer_times
-from benchmarks.flops import counted_ops
+from benchmarks import harness, results
+from benchmarks.layer_times import COMBINERS, GPUS, composed, device_name, flops_of, parts
+from benchmarks.rank_step import APART, NEAR, far, near, step
 from benchmarks.sweep import positive
 from benchmarks.whole import configure
-from mirasol_kernels import Ranks
-from mirasol_model import Mirasol, MirasolConfig
+from mirasol_model import MirasolConfig
 from mirasol_model.config import PRESETS
-from mirasol_model.parallel import SnippetParallel, shard
 
-FPS, WORDS = 25, 256  # frames a second, which only the length of the sound depends on; tokens of text
-COMBINERS = ("current", "all")  # those whose flops are all matmuls and attention
 GB = 1e9
-
-
-def fake_model(config: MirasolConfig) -> Mirasol:
-    """Within FakeTensorMode: a model whose parameters have shapes and no values."""
-    with torch.device("meta"):  # initialisation looks at values, which a fake tensor refuses
-        model = Mirasol(config)
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            setattr(module, name, nn.Parameter(torch.empty(parameter.shape)))
-        for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, torch.empty(buffer.shape))
-    return model
-
-
-class Live(TorchDispatchMode):
-    """Bytes of all storages that are alive, now and at most; what `fully_shard` receives; and flops, by the formulas of
-    FlopCounterMode, which itself would take as long as all the rest: it tries to decompose every operator."""
-
-    def __init__(self, formulas: dict[Any, Any]) -> None:
-        super().__init__()
-        self.now = self.received = self.flops = 0
-        self.sizes: dict[int, int] = {}
-        self.stage = self.layer = ""  # what runs: of the step, and of the model
-        self.peaks: dict[str, int] = {}  # of each
-        self.formulas = FlopCounterMode(display=False, custom_mapping=formulas).flop_registry
-
-    def note(self, x: Any) -> None:
-        if not isinstance(x, Tensor):
-            return
-        storage = (x.to_local() if isinstance(x, DTensor) else x).untyped_storage()
-        if storage._cdata not in self.sizes:
-            weakref.finalize(storage, self.resize, storage._cdata)
-        self.resize(storage._cdata, storage.nbytes())
-
-    def resize(self, key: int, size: int | None = None) -> None:
-        """None: it is gone."""
-        self.now -= self.sizes.pop(key, 0)
-        if size is not None:
-            self.sizes[key] = size
-            self.now += size
-            where = f"{self.stage} {self.layer}"
-            self.peaks[where] = max(self.peaks.get(where, 0), self.now)
-
-    def enter(self, layer: str) -> None:
-        self.layer = layer
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if func.namespace == "prim":  # a fake tensor that is asked for its device, which is half of all calls
-            return out
-        tree_map(self.note, out)
-        if formula := self.formulas.get(func.overloadpacket):
-            self.flops += formula(*args, **(kwargs or {}), out_val=out)
-        if func.namespace == "c10d":  # a ring: all arrives but one's own; and as much, reduced on its way
-            sizes = sorted(x.numel() * x.element_size() for x in args[:2] if isinstance(x, Tensor))
-            if func._opname in ("_allgather_base_", "_reduce_scatter_base_"):
-                self.received += sizes[1] - sizes[0]
-        return out
-
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """`fully_shard` frees what it gathered by making storages empty."""
-        resize = torch.UntypedStorage.resize_
-
-        def noted(storage: torch.UntypedStorage, size: int) -> Any:
-            result = resize(storage, size)
-            if storage._cdata in self.sizes:
-                self.resize(storage._cdata, size)
-            return result
-
-        with patch.object(torch.UntypedStorage, "resize_", noted), self:
-            yield
-
-
-def step(config: MirasolConfig, frames: int, gpus: int) -> dict[str, Any]:
-    """Flops, bytes of memory and bytes received of rank 0 of `gpus` in one training step of one clip."""
-    dist.init_process_group("fake", rank=0, world_size=gpus, store=FakeStore())
-    try:
-        mesh = init_device_mesh("cpu", (gpus,))
-        with ExitStack() as modes:
-            warnings.simplefilter("ignore")
-            mapping = modes.enter_context(counted_ops())
-            modes.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-            return _step(config, frames, mesh, mapping)
-    finally:
-        dist.destroy_process_group()
-
-
-def _step(config: MirasolConfig, frames: int, mesh: DeviceMesh, mapping: dict[Any, Any]) -> dict[str, Any]:
-    gpus = mesh.size()
-    size, snippets = config.video.size, -(-frames // config.video.frames)
-    model, ranks, live = fake_model(config), Ranks(mesh), Live(mapping)
-    parameters = sum(p.numel() for p in model.parameters())
-    with live.watching():
-        wrapped: nn.Module = shard(SnippetParallel(model, ranks), mesh) if gpus > 1 else model
-        optimizer = torch.optim.AdamW(wrapped.parameters(), fused=True)
-        video = torch.empty(1, 3, frames, size, size, dtype=torch.uint8)
-        audio = torch.empty(1, frames * config.audio.sample_rate // FPS)
-        text, age = torch.ones(1, WORDS, dtype=torch.int64), np.arange(snippets, 0, -1)[None]
-        host = 0 if gpus == 1 else video.nbytes + audio.nbytes  # the whole clip is on the host, not on the device
-        tree_map(live.note, list(wrapped.parameters()))
-        for name, module in model.named_modules():
-            if isinstance(module, nn.ModuleList):
-                for i, layer in enumerate(module):  # also when it is computed again, in backward
-                    layer.register_forward_pre_hook(lambda *_, where=f"{name}.{i}": live.enter(where))
-
-        def once() -> None:
-            live.stage, live.layer = "forward", ""
-            with torch.autocast("cpu", torch.bfloat16):
-                out = wrapped(video, audio)
-                # Not as labels of `forward`, which looks at their values.
-                logits = model.text(text, model.text.remember(out.latents, age))
-                words = nn.functional.cross_entropy(logits.float().flatten(0, 1), text.flatten())
-            live.stage = "backward"
-            (out.loss + words).backward()
-            live.stage, live.layer = "optimizer", ""
-            optimizer.step()
-            optimizer.zero_grad()
-
-        for parameter in wrapped.parameters():
-            parameter.grad = torch.zeros_like(parameter)
-        optimizer.step()  # it has its states from here on
-        optimizer.zero_grad()
-        resting, live.peaks, live.received, live.flops, ranks.received = live.now, {}, 0, 0, 0
-        once()
-        peaks = {where: peak - host for where, peak in live.peaks.items()}
-    return {
-        "gpus": gpus,
-        "frames": frames,
-        "snippets": snippets,
-        "parameters": parameters,
-        "flops": live.flops,
-        "tokens_received": ranks.received,
-        "parameters_received": live.received,
-        "resting_bytes": resting - host,
-        "peak_bytes": max(peaks.values()),
-        "peaks": peaks,
-    }
-
-
-# Snippets of a rank with which steps are counted. In longer clips nothing new happens: flops are a
-# polynomial of second degree in the snippets of a rank (attention of the latent model), bytes a line, and memory a line
-# at each moment. Its peak is taken as the highest of lines of each layer of the model, forward and backward: too low,
-# by less than 1 % where it was tested, if within a layer another moment becomes the highest. A layer is computed again
-# in pieces of 512 tokens, the last of which does less when it is shorter: so the snippets go in steps of 512 compact
-# tokens. With the Combiner in context "all" no such steps exist below 512 snippets: its clips are counted whole.
-NEAR = (16, 32, 48)
-APART = NEAR[1] - NEAR[0]
-
-
-def near(config: MirasolConfig, gpus: int) -> list[dict[str, Any]]:
-    return [step(config, n * gpus * config.video.frames, gpus) for n in NEAR]
-
-
-def far(rows: Sequence[dict[str, Any]], snippets: int) -> dict[str, Any]:
-    """What `step` would count with so many snippets of each rank, a multiple of APART, from `near`.
-
-    bend: the largest of what memory of a layer differs from a line at NEAR, over the peak.
-    """
-    t = (snippets - NEAR[0]) // APART
-
-    def at(a: int, b: int, c: int) -> int:
-        return a + t * (b - a) + t * (t - 1) // 2 * (a - 2 * b + c)
-
-    known = ("flops", "tokens_received", "parameters_received", "resting_bytes")
-    peaks = {where: [row["peaks"][where] for row in rows] for where in rows[-1]["peaks"]}
-    lines = {where: c + (t - 2) * (c - b) for where, (_, b, c) in peaks.items()}
-    peak = max(lines.values())
-    gpus, parameters = rows[0]["gpus"], rows[0]["parameters"]
-    return {
-        "gpus": gpus,
-        "frames": snippets * gpus * rows[0]["frames"] // rows[0]["snippets"],
-        "snippets": snippets * gpus,
-        "parameters": parameters,
-        **{key: at(*(row[key] for row in rows)) for key in known},
-        "peak_bytes": peak,
-        "peaks": lines,
-        "bend": max(abs(a - 2 * b + c) for where, (a, b, c) in peaks.items() if lines[where] > 0.9 * peak) / peak,
-    }
+MEMORIES = (80, 141)  # GB of an H100 and of an H200
 
 
 def count(config: MirasolConfig, frames: int, gpus: int, counted: dict[int, list[dict[str, Any]]]) -> dict[str, Any]:
     """`step`, or where that takes long `far`. counted: `near` of each number of GPUs, which is added to."""
     snippets, rest = divmod(frames, gpus * config.video.frames)
-    if rest or snippets % APART or snippets <= 2 * NEAR[-1] or config.combiner.context == "all":
+    if rest or snippets % APART or snippets <= 2 * NEAR[-1]:
         return step(config, frames, gpus)
     if gpus not in counted:
         counted[gpus] = near(config, gpus)
-    return far(counted[gpus], snippets)
+    row = far(counted[gpus], snippets)
+    if config.combiner.context == "all":
+        row["flops"] = flops_of(config, parts(config, row["snippets"], gpus))
+    return row
 
 
 class Rates(NamedTuple):
-    """Flops and bytes a second of one GPU, and where they come from."""
+    """Seconds of the arithmetic of a row, bytes a second that a GPU receives, and where they come from."""
 
-    flops: float
+    seconds: Callable[[dict[str, Any]], float]
     received: float | None
     source: str
 
     def times(self, row: dict[str, Any]) -> dict[str, float]:
         """Seconds of a step: of arithmetic, of messages, and between all hidden behind the arithmetic and none."""
-        times = {"compute_seconds": row["flops"] / self.flops}
+        times = {"compute_seconds": self.seconds(row)}
         if self.received is not None or row["gpus"] == 1:
             moved = row["tokens_received"] + row["parameters_received"]
             times["network_seconds"] = moved / self.received if self.received else 0.0
@@ -261,27 +66,25 @@ class Rates(NamedTuple):
 
 
 def read_rates(options: argparse.Namespace, config: MirasolConfig) -> Rates | None:
-    """Measured here, from a results file of a GPU, or assumed; None where nothing is known."""
+    """Of layers as they were measured, or assumed; None where nothing is known."""
     received = None if options.gbps is None else options.gbps * GB
     network = "" if received is None else f"; {options.gbps:g} GB/s ASSUMED"
-    if options.measure is not None:
-        shallow = layer_times.shallow(config)
-        flops = {p: step(c, options.measure * config.video.frames, 1)["flops"] for p, c in shallow.items()}
-        seconds = layer_times.seconds(config, options.measure, WORDS, FPS)
-        rates = layer_times.rates(flops, seconds)
-        per_layer = ", ".join(f"{part} {rate / 1e12:.3g}" for part, rate in rates.items())
-        source = f"MEASURED on {layer_times.device_name()} with {options.measure} snippets, TFLOP/s: {per_layer}"
-        source += "; all taken at that of the encoder, which is most of a step"
-        return Rates(rates["encoder"], received, source + network)
-    if options.rates is not None:
-        report = json.loads(options.rates.read_text())
-        if "gpu" not in report.get("machine", {}) or "gemm bfloat16" not in report.get("ceilings", {}):
-            raise ValueError(f"--rates: expected a results file of a GPU with its 'gemm bfloat16', got {options.rates}")
-        source = f"matmuls as measured on {report['machine']['gpu']} ({options.rates.name})"
-        return Rates(report["ceilings"]["gemm bfloat16"], received, source + network)
+    if options.layers is not None:
+        found = [part for _, part in results.parts(json.loads(options.layers.read_text())) if "layers_of" in part]
+        if [part["layers_of"] for part in found] != [options.preset]:
+            raise ValueError(f"--layers: expected layer times of {options.preset!r}, got {options.layers}")
+        (report,) = found
+        rows = [row for row in report["rows"] if row["combiner"] == options.combiner]
+
+        def summed(row: dict[str, Any]) -> float:
+            return composed(config, row["snippets"], row["gpus"], rows)
+
+        summed({"snippets": -(-options.frames // config.video.frames), "gpus": 1})  # refuses before all is counted
+        return Rates(summed, received, f"layers MEASURED on {device_name(report['machine'])}{network}")
     if options.tflops is None:
         return None
-    return Rates(options.tflops * 1e12, received, f"{options.tflops:g} TFLOP/s ASSUMED{network}")
+    rate = options.tflops * 1e12
+    return Rates(lambda row: row["flops"] / rate, received, f"{options.tflops:g} TFLOP/s ASSUMED{network}")
 
 
 def largest(rows: Sequence[dict[str, Any]], limits: Sequence[float]) -> dict[str, Any]:
@@ -304,16 +107,22 @@ def largest(rows: Sequence[dict[str, Any]], limits: Sequence[float]) -> dict[str
     }
 
 
+def fits(peak: int) -> str:
+    """The smallest GPU that has so much memory; it needs some more, which is not counted."""
+    return next((f"{size} GB" for size in MEMORIES if peak <= size * GB), "none")
+
+
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """One line per number of GPUs."""
-    heads = ["GPUs", "snippets", "TFLOP", "at rest GB", "peak GB", "tokens GB", "parameters GB"]
+    heads = ["GPUs", "snippets", "TFLOP", "at rest GB", "peak GB", "fits", "tokens GB", "parameters GB"]
     columns = ("compute_seconds", "network_seconds", "least_seconds", "most_seconds")
     timed = [key for key in columns if any(key in row for row in rows)]  # without --gbps one GPU alone has them all
     lines = [heads + [key.replace("_seconds", " s") for key in timed]]
     for row in rows:
         numbers = [row["flops"] / 1e12, *(row[f"{key}_bytes"] / GB for key in ("resting", "peak"))]
-        numbers += [row[f"{key}_received"] / GB for key in ("tokens", "parameters")]
-        cells = [f"{x:.4g}" for x in numbers] + [f"{row[key]:.4g}" if key in row else "" for key in timed]
+        cells = [*(f"{x:.4g}" for x in numbers), fits(row["peak_bytes"])]
+        cells += [f"{row[f'{key}_received'] / GB:.4g}" for key in ("tokens", "parameters")]
+        cells += [f"{row[key]:.4g}" if key in row else "" for key in timed]
         lines.append([str(row["gpus"]), str(-(-row["snippets"] // row["gpus"])), *cells])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(x.rjust(w) for x, w in zip(line, widths, strict=True)) for line in lines)
@@ -324,46 +133,44 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--preset", choices=PRESETS, default="3b")
     parser.add_argument("--combiner", choices=COMBINERS, default="current")
     parser.add_argument("--frames", type=positive, default=4096)
-    parser.add_argument("--gpus", type=positive, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
-    parser.add_argument("--largest", type=float, nargs="*", default=[], help="GB of one GPU: 80 141; `current` only")
-    parser.add_argument("--measure", type=positive, help="time layers here, in steps of so many snippets")
+    parser.add_argument("--gpus", type=positive, nargs="+", default=list(GPUS))
+    parser.add_argument("--largest", type=float, nargs="*", default=[], help="GB of one GPU: 80 141")
+    parser.add_argument("--layers", type=Path, help="results file of benchmarks.layer_times, or of a gpu_check")
     parser.add_argument("--tflops", type=float, help="assumed rate of matmuls, in bfloat16")
     parser.add_argument("--gbps", type=float, help="assumed GB/s that a GPU receives")
-    parser.add_argument("--rates", type=Path, help="results file of a GPU")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the JSON (default: out)")
     options = parser.parse_args(arguments)
     config = replace(configure(options.preset, options.combiner), recompute="snippet")
     if max(options.gpus) * config.video.frames > options.frames:
         parser.error(f"--gpus: expected a snippet of {config.video.frames} frames for each, got {max(options.gpus)}")
-    if options.largest and options.combiner == "all":
-        parser.error("--largest: expected nothing with --combiner all, whose memory is counted and not on lines")
     try:
         rates = read_rates(options, config)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         parser.error(str(error))
-    counted: dict[int, list[dict[str, Any]]] = {}
+    shorter: dict[int, list[dict[str, Any]]] = {}
     rows = []
     for gpus in tqdm(options.gpus, disable=None):
-        row = count(config, options.frames, gpus, counted)
+        row = count(config, options.frames, gpus, shorter)
         row = {"times": rates.source if rates else "none"} | row | (rates.times(row) if rates else {})
         rows.append({key: x for key, x in row.items() if key != "peaks"})
     report: dict[str, Any] = {"machine": harness.machine(), "preset": options.preset, "combiner": options.combiner}
-    report["rows"] = rows
+    text = [part for part in parts(config, rows[0]["snippets"], 1) if part.name.startswith("text")]
+    report |= {"rows": rows, "text_flops": flops_of(config, text)}
     print(f"{options.preset}, Combiner {options.combiner}: a training step of one clip of {options.frames} frames,")
     print(f"{rows[0]['parameters'] / 1e9:.3g} billion parameters, bfloat16 autocast, AdamW; numbers of one rank")
     print(table(rows))
+    shares = ", ".join(f"{report['text_flops'] / row['flops']:.0%} on {row['gpus']}" for row in (rows[0], rows[-1]))
+    print(f"of that the text decoder, on every rank alike: {report['text_flops'] / 1e12:.4g} TFLOP, {shares}")
     print(
-        f"times: {rates.source}"
-        if rates
-        else "no times: no rate is measured (--measure, --rates) or assumed (--tflops)"
+        f"times: {rates.source}" if rates else "no times: no layer is measured (--layers), no rate assumed (--tflops)"
     )
     if bends := [row["bend"] for row in rows if "bend" in row]:
         print(
             f"long clips: on lines through {', '.join(map(str, NEAR))} snippets a rank, off by {max(bends):.2g} there"
         )
     if options.largest:
-        report["largest"] = fits = largest(counted.get(1) or near(config, 1), options.largest)
-        for limit, frames in fits["frames"].items():
+        report["largest"] = longest = largest(shorter.get(1) or near(config, 1), options.largest)
+        for limit, frames in longest["frames"].items():
             print(f"longest clip on one GPU of {limit} GB: {frames} frames")
     options.out.mkdir(parents=True, exist_ok=True)
     file = options.out / f"scale-{options.preset}-{options.combiner}.json"

@@ -146,6 +146,17 @@ def test_a_step_by_parts_has_its_lines():
     assert "a training step of 64 frames by parts:" in said and "next: text" in said
 
 
+def test_layers_have_their_lines():
+    row = {"combiner": "all", "part": "latent", "snippets": 8, "seconds": 1e-3, "flops": 10**12}
+    rows = [row, row | {"snippets": 64}, row | {"snippets": 16}, row | {"part": "text", "flops": None}]
+    result = {"layers_of": "3b", "rows": rows}
+    stage = {"name": "layers", "status": "passed", "seconds": 1.0, "result": result, "said": ""}
+    assert gpu_check.line(stage).endswith("4 timings") and not gpu_check.bad(stage)
+    said = gpu_check.table({"machine": {"cpu": "a", "torch": "b"}, "stages": [stage]}).splitlines()
+    assert said[1] == "layers of 3b:" and said[2].endswith(" 64 snippets     1.000 ms  1000.0 TFLOP/s")
+    assert said[3].endswith("  8 snippets     1.000 ms") and "text" in said[3]
+
+
 LOG = """
 [gw0] [  1%] PASSED tests/test_every_backend.py::test_budget[op-triton-small case-float32]
 [gw1] [  2%] FAILED tests/test_every_backend.py::test_budget[op-triton-b]
@@ -198,6 +209,14 @@ def test_commands_are_what_the_benchmarks_take(fake_gpu, monkeypatch):
 
             monkeypatch.setattr(parts, "load", lambda *_: (_ for _ in ()).throw(ValueError("parsed")))
             assert parts.main(stage.command[3:]) == 2
+        if "benchmarks.layer_times" in stage.command:
+            import benchmarks.layer_times as layer_times
+
+            monkeypatch.setattr(layer_times, "device", lambda: "cpu")  # there is no GPU to describe
+            monkeypatch.setattr(layer_times, "measure", lambda config, *_: (_ for _ in ()).throw(EOFError(config)))
+            with pytest.raises(EOFError, match="dim=1280"):
+                layer_times.main(stage.command[3:])
+            assert stage.result.name == "layers-3b.json"
     assert ran == set(OPS)
     (build,) = (stage for stage in fake_gpu if stage.name == "build")
     assert build.environment == {"TORCH_CUDA_ARCH_LIST": "9.0a"} and "MIRASOL_LIBRARY=cuda" in build.command[2]
