@@ -73,10 +73,10 @@ def verdict(rows: Sequence[Row], target: Target) -> tuple[list[str], str]:
     cells += faster("compiled", compiled, target.compiled)
     step, process = share("step_bytes"), share("peak_bytes")
     if target.memory is not None:
-        if step is None or ours is None or eager is None:
+        if ours is None or eager is None:
             unknown.append("memory")
-        elif step > target.memory:
-            within = ours["step_bytes"] <= target.memory * eager.get("step_bytes_high", eager["step_bytes"])
+        elif ours["step_bytes"] > target.memory * eager["step_bytes"]:
+            within = ours["step_bytes"] <= target.memory * eager.get("step_bytes_high", 0)
             failed.append("memory (within the spread)" if within else "memory")
     most = "" if target.memory is None else f"{target.memory:.2g}"
     cells += ["" if step is None else f"{step:.2f}", most, "" if process is None else f"{process:.2f}"]
