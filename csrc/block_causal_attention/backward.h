@@ -68,7 +68,7 @@ struct Rows {  // of a tile, per lane
   alignas(64) float lse[TILE], lse_low[TILE], delta[TILE], dlse[TILE];
 };
 
-// P = exp(scale S - lse) and dS = P (dP - delta + dlse) in place of S and dP, each row of keys then for the product
+// P = exp(factor S - lse) and dS = P (dP - delta + dlse) in place of S and dP, each row of keys then for the product
 // that ends in that key, and dS in ds_terms for the one that ends in a query.  Where these are pairs, of lanes the ones
 // and of keys the other, rows are still TILE floats apart.  Delta is subtracted alone: where one key has all the weight
 // and out is its value, delta is its dP to the bit, and nothing is left of the two.
@@ -175,10 +175,10 @@ static void backward_tile(const Backward& g, const Chunk& chunk, const Tile& t, 
   if (!next(sweep, BACKWARD_KEYS, piece)) return;
 
   const Lanes<const T> q = lanes_of<const T>(g.q, t), dout = lanes_of<const T>(g.dout, t);
-  pack_transposed<PAIRS>(q, lanes, shape.dim, b.q_t);
+  pack_transposed<PAIRS>(q, lanes, shape.dim, b.q_t, shape.scale);
   pack_transposed<PAIRS>(dout, lanes, shape.value_dim, b.dout_t);
   pack_rows<PAIRS>(q, lanes, shape.dim, b.q);
-  if (b.few_q) pack_rows<false>(q, lanes, shape.dim, b.few_q);
+  if (b.few_q) decode_queries(q, lanes, shape, b.few_q);
   pack_rows<PAIRS>(dout, lanes, shape.value_dim, b.dout);
   zero(b.dq_t, shape.dim * TILE);
   Rows rows = {};
@@ -199,7 +199,7 @@ static void backward_tile(const Backward& g, const Chunk& chunk, const Tile& t, 
     else scores<PAIRS>(piece.keys, s, b.q_t, shape.dim, k_rows, {b.p, TILE, WIDTH});
     scores<PAIRS>(piece.keys, s, b.dout_t, shape.value_dim,
                   rows_of<PAIRS>(v, g.v.row, piece.keys, shape.value_dim, b.v), {b.ds, TILE, WIDTH});
-    softmax_backward<PAIRS>(piece.keys, s, rows, shape.scale, b);
+    softmax_backward<PAIRS>(piece.keys, s, rows, b.few_q ? 1 : scale_left<PAIRS>(shape), b);
     gather<PAIRS>(piece.keys, s, {b.ds_terms, TILE, WIDTH}, k_terms, shape.dim, b.dq_t);
     scatter<PAIRS>(piece, lanes, b.p, b.dout, shape.value_dim, b.dv + key * padded(shape.value_dim));
     scatter<PAIRS>(piece, lanes, b.ds, b.q, shape.dim, b.dk + key * padded(shape.dim));

@@ -19,7 +19,15 @@ struct Decoding {  // of a tile
   float top[FEW], total[FEW];
 };
 
-// weights (R, DECODE_KEYS) = Q K^T, not scaled yet; past the keys, up to a whole vector, -inf.
+// to (lanes, padded dim) = the rows of the lanes, scaled, with zeros in the padding.
+template <class T>
+static void decode_queries(const Lanes<const T>& from, int lanes, const Shape& shape, float* to) {
+  for (int i = 0; i < lanes; ++i)
+    for (int64_t d = 0; d < shape.dim; d += WIDTH)
+      store(to + i * padded(shape.dim) + d, load_part(from(i) + d, least(WIDTH, shape.dim - d)) * shape.scale);
+}
+
+// weights (R, DECODE_KEYS) = Q K^T; past the keys, up to a whole vector, -inf.
 template <int R, class T>
 static void decode_scores(const T* k, int64_t stride, int keys, int64_t dim, const float* q, int64_t q_row,
                           float* weights) {
@@ -54,8 +62,8 @@ static void decode_scores(const T* k, int64_t stride, int keys, int64_t dim, con
     for (int key = keys; key % WIDTH != 0; ++key) weights[r * DECODE_KEYS + key] = -__builtin_inff();
 }
 
-// Products become exp(scale * product - top); what was summed so far shrinks to the new top, and total grows.
-static void decode_softmax(Decoding& w, int row, int keys, float factor) {
+// Scores become exp(score - top); what was summed so far shrinks to the new top, and total grows.
+static void decode_softmax(Decoding& w, int row, int keys) {
   float* const s = w.weights + row * DECODE_KEYS;
   float* const out = w.out + row * w.value_dim;
   const float hidden = -__builtin_inff();
@@ -63,7 +71,6 @@ static void decode_softmax(Decoding& w, int row, int keys, float factor) {
   for (int key = 0; key < keys; key += WIDTH) most = max(load(s + key), most);
   float fresh = hidden;
   for (int i = 0; i < WIDTH; ++i) fresh = most[i] > fresh ? most[i] : fresh;
-  if (fresh != hidden) fresh *= factor;
   const float old = w.top[row], top = fresh > old ? fresh : old, base = top == hidden ? 0 : top;
   if (top != old) {
     const Vec shrink = exp(broadcast(old - base));
@@ -71,7 +78,7 @@ static void decode_softmax(Decoding& w, int row, int keys, float factor) {
     for (int64_t d = 0; d < w.value_dim; d += WIDTH) store(out + d, load(out + d) * shrink);
   }
   for (int key = 0; key < keys; key += WIDTH) {
-    const Vec p = exp(fma(load(s + key), broadcast(factor), broadcast(-base)));
+    const Vec p = exp(load(s + key) - base);
     store(s + key, p), total += p;
   }
   w.total[row] += sum(total);
@@ -113,11 +120,11 @@ static void decode_values(const T* v, int64_t stride, int keys, int64_t d, int64
 }
 
 template <int R, class T>
-static void decode_rows(const Shape& shape, float scale, Decoding& w, int row, int keys, const T* k, int64_t k_stride,
-                        const T* v, int64_t v_stride) {
+static void decode_rows(const Shape& shape, Decoding& w, int row, int keys, const T* k, int64_t k_stride, const T* v,
+                        int64_t v_stride) {
   float* const weights = w.weights + row * DECODE_KEYS;
   decode_scores<R>(k, k_stride, keys, shape.dim, w.q + row * w.dim, w.dim, weights);
-  for (int r = row; r < row + R; ++r) decode_softmax(w, r, keys, scale);
+  for (int r = row; r < row + R; ++r) decode_softmax(w, r, keys);
   decode_values<R, 8 / R>(v, v_stride, keys, 0, shape.value_dim, weights, w.out + row * w.value_dim, w.value_dim);
 }
 
@@ -131,10 +138,10 @@ static inline void few_at_once(int row, int rows, Run run) {
 }
 
 template <class T>
-static void decode_piece(const Shape& shape, float scale, Decoding& w, const Piece& piece, const T* k, int64_t k_stride,
-                         const T* v, int64_t v_stride) {
+static void decode_piece(const Shape& shape, Decoding& w, const Piece& piece, const T* k, int64_t k_stride, const T* v,
+                         int64_t v_stride) {
   few_at_once(piece.row, piece.rows, [&](int row, auto rows) {
-    decode_rows<rows>(shape, scale, w, row, piece.keys, k, k_stride, v, v_stride);
+    decode_rows<rows>(shape, w, row, piece.keys, k, k_stride, v, v_stride);
   });
 }
 
@@ -186,27 +193,22 @@ static void decode_tile(const Forward& f, const Tile& tile, int64_t split, int64
   w.q = take(FEW * w.dim), w.out = take(FEW * w.value_dim), w.weights = take(FEW * DECODE_KEYS);
   w.k = take(DECODE_KEYS * w.dim), w.v = take(DECODE_KEYS * w.value_dim);
   const int lanes = tile.lanes();
-  const Lanes<const T> q = lanes_of<const T>(f.q, tile);
+  decode_queries(lanes_of<const T>(f.q, tile), lanes, shape, w.q);
   for (int i = 0; i < lanes; ++i) {
-    for (int64_t d = 0; d < shape.dim; d += WIDTH) {
-      const Vec x = load_part(q(i) + d, least(WIDTH, shape.dim - d));
-      store(w.q + i * w.dim + d, shape.scale < 0 ? -x : x);  // the largest product must have the largest score
-    }
     zero(w.out + i * w.value_dim, w.value_dim);
     w.top[i] = -__builtin_inff(), w.total[i] = 0;
   }
-  const float scale = __builtin_fabsf(shape.scale);
   const int64_t from = shape.k_len * split / splits, to = shape.k_len * (split + 1) / splits;
   Pieces sweep = pieces(f.seen, tile.batch, tile.row, tile.rows, tile.heads, from, to);
   for (Piece piece; next(sweep, DECODE_KEYS, piece);) {
     const T* const k = at<const T>(f.k, tile.batch, tile.kv_head, piece.key);
     const T* const v = at<const T>(f.v, tile.batch, tile.kv_head, piece.key);
     if (piece.rows <= AT_ONCE) {
-      decode_piece(shape, scale, w, piece, k, f.k.row, v, f.v.row);
+      decode_piece(shape, w, piece, k, f.k.row, v, f.v.row);
     } else {  // read more than once: as floats side by side, since rows that are apart share few sets of the cache
       const Factor x = rows_of<false>(k, f.k.row, piece.keys, shape.dim, w.k);
       const Factor y = rows_of<false>(v, f.v.row, piece.keys, shape.value_dim, w.v);
-      decode_piece(shape, scale, w, piece, x.data, x.row, y.data, y.row);
+      decode_piece(shape, w, piece, x.data, x.row, y.data, y.row);
     }
   }
   for (int i = 0; i < lanes; ++i) decode_finish<T>(f, tile, i, w, split, splits);

@@ -163,7 +163,7 @@ static void forward_item(const Forward& f, int64_t item, int64_t split, int64_t 
   const int64_t width = padded(shape.dim), value_width = padded(shape.value_dim);
   float *const k_space = take(keys * width), *const v_space = take(keys * value_width);
   float* const piece_space = take(shape.pairs ? keys / 2 * value_width : 0);
-  const float scale = __builtin_fabsf(shape.scale);
+  const float scale = __builtin_fabsf(scale_left<PAIRS>(shape));
   const int64_t from = shape.k_len * split / splits, to = shape.k_len * (split + 1) / splits;
 
   Work work[TOGETHER];
@@ -171,9 +171,9 @@ static void forward_item(const Forward& f, int64_t item, int64_t split, int64_t 
     Work& w = work[i];
     w.tile = tile_of(shape, kv_head, first + i);
     w.q = take(shape.dim * TILE), w.out = take(shape.value_dim * TILE);
-    pack_transposed<PAIRS>(lanes_of<const T>(f.q, w.tile), w.tile.lanes(), shape.dim, w.q);
+    pack_transposed<PAIRS>(lanes_of<const T>(f.q, w.tile), w.tile.lanes(), shape.dim, w.q, shape.scale);
     // The largest product must have the largest score.
-    if (shape.scale < 0) negate<PAIRS>(w.q, (PAIRS ? shape.dim / 2 : shape.dim) * TILE);
+    if (PAIRS && shape.scale < 0) negate_pairs(w.q, shape.dim / 2 * TILE);
     zero(w.out, shape.value_dim * TILE);
     for (int j = 0; j < TILE; ++j)
       w.run.top[j] = w.run.fresh[j] = -__builtin_inff(), w.run.base[j] = w.run.total[j] = 0;

@@ -191,8 +191,8 @@ inline Results empty_results(const Problem& p) {
           Tensor(s.batch, s.kv_heads, s.k_len, s.value_dim, p.kind), lse};
 }
 
-// The definition, in the arithmetic of T, in the order of Results::all().  Scores are summed from element `first` on,
-// then from 0.
+// The definition, in the arithmetic of T, in the order of Results::all(); q is scaled first, as in the reference of
+// Python.  Scores are summed from element `first` on, then from 0.
 template <class T>
 vector<vector<T>> definition(const Problem& p, Inputs& in, int64_t first = 0) {
   const Shape& s = p.shape;
@@ -210,9 +210,9 @@ vector<vector<T>> definition(const Problem& p, Inputs& in, int64_t first = 0) {
           T score = 0;
           for (int64_t i = 0; i < s.dim; ++i) {
             const int64_t d = (first + i) % s.dim;
-            score += T(in.q(b, h, row, d)) * T(in.k(b, kv, key, d));
+            score += T(in.q(b, h, row, d)) * T(s.scale) * T(in.k(b, kv, key, d));
           }
-          weight.push_back(score * T(s.scale)), top = std::max(top, weight.back());
+          weight.push_back(score), top = std::max(top, weight.back());
         }
         for (T& w : weight) total += w = std::exp(w - top);
         for (T& w : weight) w /= total;
@@ -259,6 +259,9 @@ inline vector<Problem> problems() {
       {"causal text", {1, 2, 1, 130, 130, 48, 48, scale(48)}, {block_causal(130, 130, 1, 1, 999)}},
       {"largest dims", {1, 1, 1, 70, 70, 256, 256, scale(256)}, {block_causal(70, 70, 7, 7, 99)}},
       {"large logits", {1, 2, 1, 90, 90, 64, 64, scale(64)}, {block_causal(90, 90, 9, 9, 99)}, Tensor::plain, 60},
+      {"large logits, D 80", {1, 2, 1, 90, 90, 80, 80, scale(80)}, {block_causal(90, 90, 9, 9, 99)}, Tensor::plain, 60},
+      {"few lanes, large logits, D 128", {1, 5, 1, 1, 200, 128, 128, scale(128)}, {block_causal(1, 200, 1, 200, 1)},
+       Tensor::plain, 60},
       {"negative scale", {1, 2, 1, 40, 40, 33, 17, -0.3f}, {block_causal(40, 40, 9, 9, 99)}, Tensor::padded},
       {"no keys", {1, 2, 1, 5, 0, 8, 8, 1}, {Sees(5)}},
       {"no queries", {1, 2, 1, 0, 70, 8, 8, 1}, {Sees(0)}},

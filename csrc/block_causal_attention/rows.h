@@ -24,11 +24,11 @@ struct Row {
 };
 
 template <class Lanes>
-MIRASOL_HOST_DEVICE Row<Lanes> load(Lanes lanes, const float* p, int64_t dim) {
+MIRASOL_HOST_DEVICE Row<Lanes> load(Lanes lanes, const float* p, int64_t dim, float factor = 1) {
   Row<Lanes> row;
   for (int i = 0; i < MAX_DIM / Lanes::size; ++i) {
     const int64_t d = lanes.lane + i * Lanes::size;
-    row.x[i] = d < dim ? p[d] : 0;
+    row.x[i] = d < dim ? p[d] * factor : 0;
   }
   return row;
 }
@@ -47,14 +47,11 @@ MIRASOL_HOST_DEVICE void add(Row<Lanes>& a, float factor, const Row<Lanes>& b) {
   for (int i = 0; i < MAX_DIM / Lanes::size; ++i) a.x[i] += factor * b.x[i];
 }
 
-// Of a row in registers with one in memory; every lane gets it.
+// Every lane gets it.
 template <class Lanes>
-MIRASOL_HOST_DEVICE float dot(Lanes lanes, const Row<Lanes>& a, const float* b, int64_t dim) {
+MIRASOL_HOST_DEVICE float dot(Lanes lanes, const Row<Lanes>& a, const Row<Lanes>& b) {
   float sum = 0;
-  for (int i = 0; i < MAX_DIM / Lanes::size; ++i) {
-    const int64_t d = lanes.lane + i * Lanes::size;
-    if (d < dim) sum += a.x[i] * b[d];
-  }
+  for (int i = 0; i < MAX_DIM / Lanes::size; ++i) sum += a.x[i] * b.x[i];
   return lanes.sum(sum);
 }
 
@@ -88,7 +85,8 @@ MIRASOL_HOST_DEVICE void for_keys(const Ranges& seen, int64_t batch, int64_t row
     for (int64_t key = range[0]; key < range[1]; key += RUN) each(key, key + RUN < range[1] ? key + RUN : range[1]);
 }
 
-// Scores are scaled after the sum over elements, and that sum has one order: forward and backward meet the same scores.
+// The row of q is scaled, then multiplied with that of k, and summed in one order: forward and backward meet the same
+// scores, and no compiler can fuse the scale into a subtraction that follows in one of them and not in the other.
 template <class Lanes>
 struct Softmax {  // a weighted sum of value rows with weights exp(score - top), and the sum of the weights
   float top, total;
@@ -125,12 +123,12 @@ MIRASOL_HOST_DEVICE void forward_row(Lanes lanes, const Forward& f, int64_t item
   const Shape& shape = f.shape;
   const Place to = place(item, shape.q_heads, shape.q_len);
   const int64_t kv_head = to.head / (shape.q_heads / shape.kv_heads);
-  const Row<Lanes> q = load(lanes, at(f.q, to.batch, to.head, to.row), shape.dim);
+  const Row<Lanes> q = load(lanes, at(f.q, to.batch, to.head, to.row), shape.dim, shape.scale);
   Softmax<Lanes> all = nothing<Lanes>();
   for_keys(f.seen, to.batch, to.row, [&](int64_t key, int64_t end) {
     Softmax<Lanes> run = nothing<Lanes>();
     for (; key < end; ++key) {
-      const float score = shape.scale * dot(lanes, q, at(f.k, to.batch, kv_head, key), shape.dim);
+      const float score = dot(lanes, q, load(lanes, at(f.k, to.batch, kv_head, key), shape.dim));
       merge(run, Softmax<Lanes>{score, 1, load(lanes, at(f.v, to.batch, kv_head, key), shape.value_dim)});
     }
     merge(all, run);
@@ -149,18 +147,19 @@ MIRASOL_HOST_DEVICE void backward_query_row(Lanes lanes, const Backward& g, int6
   const Shape& shape = g.shape;
   const Place to = place(item, shape.q_heads, shape.q_len);
   const int64_t kv_head = to.head / (shape.q_heads / shape.kv_heads);
-  const Row<Lanes> q = load(lanes, at(g.q, to.batch, to.head, to.row), shape.dim);
+  const Row<Lanes> q = load(lanes, at(g.q, to.batch, to.head, to.row), shape.dim, shape.scale);
   const Row<Lanes> dout = load(lanes, at(g.dout, to.batch, to.head, to.row), shape.value_dim);
   const float lse = at(g.lse, to.batch, to.head, to.row), low = at(g.lse_low, to.batch, to.head, to.row);
-  const float delta = dot(lanes, dout, at(g.out, to.batch, to.head, to.row), shape.value_dim) -
-                      at(g.dlse, to.batch, to.head, to.row);
+  const float delta = dot(lanes, dout, load(lanes, at(g.out, to.batch, to.head, to.row), shape.value_dim));
+  const float dlse = at(g.dlse, to.batch, to.head, to.row);
   Row<Lanes> dq = {};
   for_keys(g.seen, to.batch, to.row, [&](int64_t key, int64_t end) {
     Row<Lanes> run = {};
     for (; key < end; ++key) {
-      const float *k = at(g.k, to.batch, kv_head, key), *v = at(g.v, to.batch, kv_head, key);
-      const float p = expf(fmaf(shape.scale, dot(lanes, q, k, shape.dim), -lse) - low);
-      add(run, p * (dot(lanes, dout, v, shape.value_dim) - delta), load(lanes, k, shape.dim));
+      const Row<Lanes> k = load(lanes, at(g.k, to.batch, kv_head, key), shape.dim);
+      const Row<Lanes> v = load(lanes, at(g.v, to.batch, kv_head, key), shape.value_dim);
+      const float p = expf(dot(lanes, q, k) - lse - low);
+      add(run, p * (dot(lanes, dout, v) - delta + dlse), k);
     }
     add(dq, 1, run);
   });
@@ -187,15 +186,16 @@ MIRASOL_HOST_DEVICE void backward_key_row(Lanes lanes, const Backward& g, int64_
         Row<Lanes> run_k = {}, run_v = {};
         for (const int64_t stop = row + RUN < end ? row + RUN : end; row < stop; ++row) {
           const int64_t number = (to.batch * shape.q_heads + head) * shape.q_len + row;
-          const float *q = at(g.q, to.batch, head, row), *dout = at(g.dout, to.batch, head, row);
+          const Row<Lanes> q = load(lanes, at(g.q, to.batch, head, row), shape.dim, shape.scale);
+          const Row<Lanes> dout = load(lanes, at(g.dout, to.batch, head, row), shape.value_dim);
           const float lse = at(g.lse, to.batch, head, row), low = at(g.lse_low, to.batch, head, row);
-          const float p = expf(fmaf(shape.scale, dot(lanes, k, q, shape.dim), -lse) - low);
-          add(run_k, p * (dot(lanes, v, dout, shape.value_dim) - g.delta[number]), load(lanes, q, shape.dim));
-          add(run_v, p, load(lanes, dout, shape.value_dim));
+          const float p = expf(dot(lanes, q, k) - lse - low);
+          add(run_k, p * (dot(lanes, dout, v) - g.delta[number] + at(g.dlse, to.batch, head, row)), q);
+          add(run_v, p, dout);
         }
         add(dk, 1, run_k), add(dv, 1, run_v);
       }
-  store(lanes, at(g.dk, to.batch, to.head, to.row), shape.dim, dk, shape.scale);
+  store(lanes, at(g.dk, to.batch, to.head, to.row), shape.dim, dk);
   store(lanes, at(g.dv, to.batch, to.head, to.row), shape.value_dim, dv);
 }
 

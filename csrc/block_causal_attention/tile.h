@@ -109,9 +109,9 @@ static inline void transposed(const Lanes<const T>& from, int lanes, int r, int6
 }
 
 // to (dim, TILE), in panels = the rows of the lanes, transposed, and 0 up to the next whole vector of lanes.  As pairs:
-// (dim / 2, TILE), elements d and d + 1 in one.
+// (dim / 2, TILE), elements d and d + 1 in one.  Floats are multiplied by `scale`, if it is given.
 template <bool PAIRS, class T>
-static void pack_transposed(const Lanes<const T>& from, int lanes, int64_t dim, float* to) {
+static void pack_transposed(const Lanes<const T>& from, int lanes, int64_t dim, float* to, float scale = 1) {
   if constexpr (PAIRS) dim /= 2;
   for (int r = 0; r < lanes; r += WIDTH)
     for (int64_t d = 0; d < dim; d += WIDTH) {
@@ -120,7 +120,7 @@ static void pack_transposed(const Lanes<const T>& from, int lanes, int64_t dim, 
       transposed<PAIRS>(from, lanes, r, d, n, x);
 #pragma GCC unroll 16
       for (int j = 0; j < WIDTH; ++j)
-        if (j < n) store(to + r * dim + (d + j) * WIDTH, x[j]);
+        if (j < n) store(to + r * dim + (d + j) * WIDTH, PAIRS ? x[j] : x[j] * scale);
     }
 }
 
@@ -205,9 +205,17 @@ struct Scores {  // (keys, TILE)
   float* at(int key_number, int vector_number) const { return data + key_number * key + vector_number * vector; }
 };
 
+// Q is scaled before its product with K, as in the reference: exp(score - top) of the key that has all the weight is 1
+// to the bit then.  With scale * product - top it was 1 and what the rounding of top = scale * product left, 5e-4 at
+// 1e4, unless the scale was a power of two.  Pairs are not scaled, for that would round them; what is left to do after
+// the product:
+template <bool PAIRS>
+static float scale_left(const Shape& shape) {
+  return PAIRS ? shape.scale : 1;
+}
+
 // to(keys, lanes) = K Q^T for the vectors of a span, with `tile` the packed Q^T; `top`, if given, the largest so far of
-// each lane.  Not scaled yet: that is one rounding together with the subtraction that follows, and Q is not rounded
-// before the product.
+// each lane.
 template <bool PAIRS>
 static inline void scores(int keys, const Span& s, const float* tile, int64_t dim, const Factor& k, const Scores& to,
                           float* top = nullptr) {

@@ -141,9 +141,8 @@ static inline Interleaved interleave(Vec a, Vec b) {
 #endif
 }
 
-template <bool PAIRS>
-static inline void negate(float* x, int64_t n) {  // floats or pairs
-  for (int64_t i = 0; i < n; i += WIDTH) store(x + i, (Vec)((Words)load(x + i) ^ (PAIRS ? 0x80008000u : 0x80000000u)));
+static inline void negate_pairs(float* x, int64_t n) {
+  for (int64_t i = 0; i < n; i += WIDTH) store(x + i, (Vec)((Words)load(x + i) ^ 0x80008000u));
 }
 
 // c + a.first * b.first + a.second * b.second

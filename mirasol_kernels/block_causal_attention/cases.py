@@ -131,6 +131,8 @@ PROBLEMS: dict[str, Problem] = {
     "large_logits": Problem(uniform(4, 16), heads=2, dim=64, logits=1e4),
     "large_logits_of_one_row": Problem(cross([1], [300], [1]), batch=2, heads=2, dim=64, logits=1e4),
     "large_logits_of_few_rows": Problem(cross([8], [300], [1]), batch=2, heads=2, dim=64, logits=1e4),
+    "large_logits_of_one_row_dim_80": Problem(cross([1], [300], [1]), batch=2, heads=2, dim=80, logits=1e4),
+    "large_logits_of_few_rows_dim_128": Problem(cross([8], [300], [1]), batch=2, heads=2, dim=128, logits=1e4),
     "one_token": Problem(uniform(1, 1), heads=1),
     "no_batch": Problem(uniform(2, 3), batch=0, heads=2),
     "no_queries": Problem(cross([0], [5], [1]), heads=2),

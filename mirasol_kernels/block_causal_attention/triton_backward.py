@@ -1,6 +1,6 @@
 """Backward on GPU: dq by tiles of query rows, dk and dv by tiles of keys; each gradient has one owner, no atomics.
 
-Both recompute the weights from lse.  `backward_q` runs first and leaves delta = rowsum(dout * out) - dlse for
+Both recompute the weights from lse.  `backward_q` runs first and leaves delta = rowsum(dout * out) for
 `backward_kv`, which works on transposed scores, S^T = K Q^T: transposing the result of a product is miscompiled by
 Triton 3.4 to 3.7.0, and costs a round through shared memory in any version.
 """
