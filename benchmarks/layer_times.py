@@ -38,6 +38,7 @@ from mirasol_kernels import SnippetLayout, block_causal_attention, explain
 from mirasol_model import Mirasol, MirasolConfig
 from mirasol_model.config import PRESETS
 from mirasol_model.layers import Rotary, recomputed, rotary, rotate
+from mirasol_model.losses import Reconstruction
 from mirasol_model.model import AT_A_TIME
 from mirasol_model.packing import last_tokens, look_back
 from mirasol_model.text import Memory
@@ -207,12 +208,12 @@ class Layers:
     def _audio(self, more: str, snippets: int) -> tuple[list[Tensor], Callable]:
         return self._reconstruction(self.model.audio_loss, self.model._sound, snippets)
 
-    def _reconstruction(self, loss: Callable, sense: Callable, snippets: int) -> tuple[list[Tensor], Callable]:
+    def _reconstruction(self, loss: Reconstruction, sense: Callable, snippets: int) -> tuple[list[Tensor], Callable]:
         clips, pieces = self._clips(snippets), np.array_split(np.arange(snippets), len(pieces_of(snippets)))
         each = [self._made(len(rows), self.config.combiner.tokens, self.dim) for rows in pieces]
 
         def errors(h: Tensor, rows: np.ndarray) -> Tensor:
-            return loss(h, sense(clips, rows))
+            return loss(h, loss.target(sense(clips, rows)))
 
         return each, lambda: [again(errors, *pair) for pair in zip(each, pieces, strict=True)]
 
