@@ -251,7 +251,10 @@ static void backward_tile(const Backward& g, const Sizes& size, const Prepared& 
                 (tile.batch * call.sources[tile.source].tokens + tile.token) * call.c;
   if (rows) {
     const Raw raw = fetch<T, PAIRS>(call, tile, size, s.tokens);
-    logits<PAIRS>(call, size, p, rows, s.tokens, raw, s.hidden, s.slope, s.z, s.weights);
+    Ahead next = next_tile(call, tile, terms_of_blocks(size.h / WIDTH, rows, call.c / 2) +
+                                           terms_of_blocks(size.c / WIDTH, call.h, terms<PAIRS>(rows)));
+    Ahead* const ahead = next.step ? &next : nullptr;  // its first part now, the rest during the last product
+    logits<PAIRS>(call, size, p, rows, s.tokens, raw, s.hidden, s.slope, s.z, s.weights, ahead);
     const int64_t depth = depth_of(terms<PAIRS>(call.c));
     product<PAIRS>(rows, terms<PAIRS>(call.c), depth, PAIRS ? raw.pairs() : s.tokens.x, PAIRS ? raw.row / 2 : size.row,
                    s.dpooled_terms, size.k, s.ds, size.k);
@@ -272,7 +275,7 @@ static void backward_tile(const Backward& g, const Sizes& size, const Prepared& 
     gradients_of_tokens<T, PAIRS>(call, size, rows, s, raw, to);
     if constexpr (PAIRS) {
       pair_dz(size, rows, s);
-      gather<PAIRS>(rows, call.h, s.dz, size.h, s.tokens.x, size.row, size.c, sum.w1, size.row, !first);
+      gather<PAIRS>(rows, call.h, s.dz, size.h, s.tokens.x, size.row, size.c, sum.w1, size.row, !first, ahead);
     } else
       for (int64_t c = 0; c < size.c; c += DEPTH) {
         const int n = least(DEPTH, size.c - c);

@@ -106,7 +106,9 @@ static void forward_item(const Forward& f, int64_t item, ForwardSpace s) {
   for_tiles(call, size, batch, part * tiles / parts, (part + 1) * tiles / parts, [&](const Tile& tile) {
     if (!tile.real) return;
     const Raw raw = fetch<T, PAIRS>(call, tile, size, s.tokens);
-    logits<PAIRS>(call, size, p, tile.real, s.tokens, raw, s.hidden, nullptr, nullptr, s.weights);
+    Ahead next = next_tile(call, tile, terms_of_blocks(size.h / WIDTH, tile.real, call.c / 2));
+    logits<PAIRS>(call, size, p, tile.real, s.tokens, raw, s.hidden, nullptr, nullptr, s.weights,
+                  next.step ? &next : nullptr);
     weigh<PAIRS>(call, size, p, tile.real, s);
     if constexpr (PAIRS) pair_rows(s.weights, tile.real, size.k, size.k);
     gather<PAIRS>(tile.real, call.k, s.weights, size.k, s.tokens.x, size.row, size.c, s.seen.sums, size.row,

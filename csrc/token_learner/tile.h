@@ -83,6 +83,7 @@ static inline int64_t parts_of(const Call& call, int64_t enough) {
 struct Tile {
   int64_t source, batch, token;
   int rows, real;  // tokens, and how many of them count
+  int next;        // tokens of the tile that follows it in memory and in turn, or 0
 };
 
 // Calls each(tile) for tiles [begin, end) of a row of the batch.
@@ -97,7 +98,8 @@ static inline void for_tiles(const Call& call, const Sizes& size, int64_t batch,
     for (int64_t t = begin > before ? begin - before : 0; t < tiles && before + t < end; ++t) {
       const int64_t first = t * n / tiles, last = (t + 1) * n / tiles;  // of nearly the same size
       const int real = valid <= first ? 0 : least(last - first, valid - first);
-      each(Tile{i, batch, first, int(last - first), real});
+      const int64_t next = t + 1 < tiles && before + t + 1 < end && valid > last ? (t + 2) * n / tiles - last : 0;
+      each(Tile{i, batch, first, int(last - first), real, int(next)});
     }
     before += tiles;
   }
@@ -346,6 +348,14 @@ static Raw fetch_pairs(const Call& call, const Tile& tile, const Sizes& size, co
   return raw;
 }
 
+// The next tile, for as many terms of blocks as there will be until then.
+static inline Ahead next_tile(const Call& call, const Tile& tile, int64_t terms) {
+  const Source& source = call.sources[tile.source];
+  if (!tile.next || source.row != call.c) return {};  // rows that are apart: `fetch_pairs` knows where
+  const int64_t first = tile.batch * source.batch + (tile.token + tile.rows) * source.row, bytes = 2 * tile.next * call.c;
+  return {static_cast<const char*>(source.data) + 2 * first, (bytes + terms - 1) / terms};
+}
+
 template <class T, bool PAIRS>
 static inline Raw fetch(const Call& call, const Tile& tile, const Sizes& size, const Tokens& to) {
   if constexpr (PAIRS) return fetch_pairs(call, tile, size, to);
@@ -369,11 +379,11 @@ static inline void pair_rows(float* x, int rows, int64_t row, int64_t columns) {
 // pairs, of both.
 template <bool PAIRS>
 static inline void product(int n, int64_t terms, int64_t depth, const Element* a, int64_t a_row, const float* panels,
-                           int64_t m, float* to, int64_t to_row) {
+                           int64_t m, float* to, int64_t to_row, Ahead* ahead = nullptr) {
   for (int64_t t = 0; t < terms; t += depth)
     gemm<PAIRS>({.vectors = int(m / WIDTH), .n = n, .k = least(depth, terms - t), .a = panels + t * WIDTH, .a_k = WIDTH,
                  .a_v = terms * WIDTH, .b = a + t, .b_n = a_row, .b_k = 1, .c = to, .c_n = to_row, .c_v = WIDTH,
-                 .add = t > 0});
+                 .add = t > 0, .ahead = ahead});
 }
 
 // to (rows, m) = X B over the channels, with B in panels (m / WIDTH, terms of c, WIDTH); value(row, c): a vector of X.
@@ -407,9 +417,10 @@ static inline void product_of_rows(int n, int64_t terms, int64_t depth, const fl
 // sum (n, m) += or = A^T B over the tokens, or pairs of them, with A (tokens, n) and B (tokens, m).
 template <bool PAIRS>
 static inline void gather(int tokens, int64_t n, const float* a, int64_t a_row, const float* b, int64_t b_row,
-                          int64_t m, float* sum, int64_t sum_row, bool add) {
+                          int64_t m, float* sum, int64_t sum_row, bool add, Ahead* ahead = nullptr) {
   gemm<PAIRS>({.vectors = int(m / WIDTH), .n = int(n), .k = int(terms<PAIRS>(tokens)), .a = b, .a_k = b_row,
-               .a_v = WIDTH, .b = a, .b_n = 1, .b_k = a_row, .c = sum, .c_n = sum_row, .c_v = WIDTH, .add = add});
+               .a_v = WIDTH, .b = a, .b_n = 1, .b_k = a_row, .c = sum, .c_n = sum_row, .c_v = WIDTH, .add = add,
+               .ahead = ahead});
 }
 
 // hidden (rows, h), logits (rows, k) without b2; if asked for, slopes of the GELU, and z (rows, h) without b1.
@@ -417,9 +428,10 @@ static inline void gather(int tokens, int64_t n, const float* a, int64_t a_row, 
 // inverse.  A mean cancels there in float, from products of bfloat16 that are exact.
 template <bool PAIRS>
 static void logits(const Call& call, const Sizes& size, const Prepared& p, int rows, const Tokens& x, const Raw& raw,
-                   float* hidden, float* slope, float* z, float* to) {
+                   float* hidden, float* slope, float* z, float* to, Ahead* ahead) {
   if constexpr (PAIRS)
-    product<PAIRS>(rows, call.c / 2, depth_of(call.c / 2), raw.pairs(), raw.row / 2, p.w1_terms, size.h, hidden, size.h);
+    product<PAIRS>(rows, call.c / 2, depth_of(call.c / 2), raw.pairs(), raw.row / 2, p.w1_terms, size.h, hidden, size.h,
+                   ahead);
   else
     product_of_channels<PAIRS>(call, rows, [&](int r, int64_t c) { return normalised(size, x, r, c); }, x.block,
                                p.w1_terms, size.h, hidden);
