@@ -55,6 +55,7 @@ struct BackwardSpace {
   Tokens tokens;
   float *hidden, *slope, *z, *dz;  // (rows, h); z without b1
   float *weights, *ds;             // (rows, k)
+  float *hidden_pairs, *ds_pairs;  // (rows / 2, h), (rows / 2, k), of pairs: of tokens, for the sum over them
   float* dx;                       // (rows, row); of pairs (rows, MAX_VECTORS WIDTH): of some channels
   float *lift, *slopes;            // (rows): what the norm takes away, of a token
   float* dpooled_terms;            // (k / WIDTH, c, WIDTH), for the sum over channels
@@ -74,6 +75,7 @@ static BackwardSpace backward_space(const Call& call, float* at, int64_t* floats
   s.hidden = space.take(size.rows * size.h), s.slope = space.take(size.rows * size.h);
   s.z = space.take(size.rows * size.h), s.dz = space.take(size.rows * size.h);
   s.weights = space.take(size.rows * size.k), s.ds = space.take(size.rows * size.k);
+  s.hidden_pairs = space.take((size.rows + 1) / 2 * size.h), s.ds_pairs = space.take((size.rows + 1) / 2 * size.k);
   s.dx = space.take(size.rows * (call.pairs ? MAX_VECTORS * WIDTH : size.row));
   s.lift = space.take(size.rows), s.slopes = space.take(size.rows);
   s.dpooled_terms = space.take(size.k * call.c);
@@ -144,15 +146,16 @@ static void bring(const Backward& g, const Sizes& size, int64_t batch, const Bac
 }
 
 // Logits become weights, and ds, so far x . dpooled, becomes the gradient of the logits.
+template <bool PAIRS>
 static void softmax_backward(const Sizes& size, const Prepared& p, int rows, const BackwardSpace& s, float* db2) {
   for (int64_t k = 0; k < size.k; k += WIDTH) {
     const Vec bias = load(p.b2 + k), base = load(s.base + k), share = load(s.share + k), dsum = load(s.dsum + k);
     Vec total{};
     for (int r = 0; r < rows; ++r) {
       const int64_t at = r * size.k + k;
-      const Vec weight = exp(load(s.weights + at) + bias - base) * share;
+      const Vec weight = exp_of<PAIRS>(load(s.weights + at) + bias - base) * share;
       const Vec ds = weight * (dsum + load(s.ds + at));
-      store(s.weights + at, weight), store(s.ds + at, ds);
+      store(s.weights + at, weight), store_factor<PAIRS>(s.ds + r * size.k, k, ds);
       total += ds;
     }
     store(db2 + k, load(db2 + k) + total);
@@ -211,6 +214,15 @@ static void gradients_of_tokens(const Call& call, const Sizes& size, int rows, c
   }
 }
 
+// to (rows / 2, row): rows of bfloat16, each in the first half of `row` floats, as pairs of rows.
+static void pair_tokens(const float* x, int rows, int64_t row, float* to) {
+  for (int r = 0; r < rows; r += 2)
+    for (int64_t i = 0; i < row; i += WIDTH) {
+      const auto halves = [&](int of) { return load_halves(reinterpret_cast<const bfloat16*>(x + of * row) + i, WIDTH); };
+      store(to + r / 2 * row + i, pair(halves(r), r + 1 < rows ? halves(r + 1) : Halves{}));
+    }
+}
+
 template <bool PAIRS>
 static void side_by_side(const Call& call, const Sizes& size, int rows, const BackwardSpace& s) {
   for (int r = 0; r < rows; ++r) {
@@ -254,12 +266,12 @@ static void backward_tile(const Backward& g, const Sizes& size, const Prepared& 
     Ahead next = next_tile(call, tile, terms_of_blocks(size.h / WIDTH, rows, call.c / 2) +
                                            terms_of_blocks(size.c / WIDTH, call.h, terms<PAIRS>(rows)));
     Ahead* const ahead = next.step ? &next : nullptr;  // its first part now, the rest during the last product
-    logits<PAIRS>(call, size, p, rows, s.tokens, raw, s.hidden, s.slope, s.z, s.weights, ahead);
+    logits<PAIRS>(call, size, p, rows, s.tokens, raw, s.z, s.hidden, s.slope, s.weights, ahead);
     const int64_t depth = depth_of(terms<PAIRS>(call.c));
     product<PAIRS>(rows, terms<PAIRS>(call.c), depth, PAIRS ? raw.pairs() : s.tokens.x, PAIRS ? raw.row / 2 : size.row,
                    s.dpooled_terms, size.k, s.ds, size.k);
-    softmax_backward(size, p, rows, s, sum.b2);
-    product_of_rows(rows, call.k, call.k, s.ds, size.k, p.w2_rows, size.h, s.dz);
+    softmax_backward<PAIRS>(size, p, rows, s, sum.b2);
+    product_of_rows<PAIRS>(rows, terms<PAIRS>(call.k), terms<PAIRS>(call.k), s.ds, size.k, p.w2_rows, size.h, s.dz);
     for (int64_t h = 0; h < size.h; h += WIDTH) {
       Vec total{};
       for (int64_t at = h; at < rows * size.h; at += size.h) {
@@ -269,7 +281,9 @@ static void backward_tile(const Backward& g, const Sizes& size, const Prepared& 
       }
       store(sum.b1 + h, load(sum.b1 + h) + total);
     }
-    gather<false>(rows, call.k, s.ds, size.k, s.hidden, size.h, size.h, sum.w2, size.h, !first);
+    if constexpr (PAIRS) pair_tokens(s.ds, rows, size.k, s.ds_pairs), pair_tokens(s.hidden, rows, size.h, s.hidden_pairs);
+    gather<PAIRS>(rows, call.k, PAIRS ? s.ds_pairs : s.ds, size.k, PAIRS ? s.hidden_pairs : s.hidden, size.h, size.h,
+                  sum.w2, size.h, !first);
     side_by_side<PAIRS>(call, size, rows, s);
     normalise_backward(call, size, p, rows, s);
     gradients_of_tokens<T, PAIRS>(call, size, rows, s, raw, to);

@@ -56,7 +56,7 @@ static void weigh(const Call& call, const Sizes& size, const Prepared& p, int ro
     Vec total{};
     for (int r = 0; r < rows; ++r) {
       float* const at = s.weights + r * size.k + k;
-      Vec weight = exp(load(at) + bias - base);
+      Vec weight = exp_of<PAIRS>(load(at) + bias - base);
       if constexpr (PAIRS) weight = (Vec)(round_bfloat16(weight) & 0xffff0000u);
       total += weight;
       store(at, weight);
@@ -107,7 +107,7 @@ static void forward_item(const Forward& f, int64_t item, ForwardSpace s) {
     if (!tile.real) return;
     const Raw raw = fetch<T, PAIRS>(call, tile, size, s.tokens);
     Ahead next = next_tile(call, tile, terms_of_blocks(size.h / WIDTH, tile.real, call.c / 2));
-    logits<PAIRS>(call, size, p, tile.real, s.tokens, raw, s.hidden, nullptr, nullptr, s.weights,
+    logits<PAIRS>(call, size, p, tile.real, s.tokens, raw, s.hidden, s.hidden, nullptr, s.weights,
                   next.step ? &next : nullptr);
     weigh<PAIRS>(call, size, p, tile.real, s);
     if constexpr (PAIRS) pair_rows(s.weights, tile.real, size.k, size.k);

@@ -143,10 +143,10 @@ static inline void for_dtype(const Call& call, Do each) {
   }
 }
 
-// Vectors x[0 .. n) to `to`, one after the other; or half as many, of pairs (0 is the partner of an odd last one).
+// Vectors x[0 .. n) to `to`, `row` apart; or half as many, of pairs (0 is the partner of an odd last one).
 template <bool PAIRS>
-static inline void store_terms(const Vec (&x)[WIDTH], int n, float* to) {
-  for (int i = 0; i < n; i += PAIRS ? 2 : 1, to += WIDTH) {
+static inline void store_terms(const Vec (&x)[WIDTH], int n, float* to, int64_t row = WIDTH) {
+  for (int i = 0; i < n; i += PAIRS ? 2 : 1, to += row) {
     if constexpr (PAIRS) store(to, pair(x[i], x[i + 1]));
     else store(to, x[i]);
   }
@@ -181,7 +181,7 @@ static void prepare_w1(const Call& call, int64_t h) {
   store(p.w1_mean + h, sums(level) / float(call.c));
 }
 
-template <class T>
+template <class T, bool PAIRS>
 static void prepare_w2(const Call& call) {
   const Prepared p = prepared(call, call.prepared);
   const Sizes size(call);
@@ -189,13 +189,12 @@ static void prepare_w2(const Call& call) {
   for (int64_t k = 0; k < call.k; k += WIDTH) {
     for (int64_t h = 0; h < call.h; h += WIDTH) {
       const int n = least(WIDTH, call.h - h);
+      const int rows = least(WIDTH, call.k - k);
       Vec x[WIDTH] = {};
-      for (int i = 0; i < WIDTH && k + i < call.k; ++i) {
-        x[i] = load_part(w2 + (k + i) * call.h + h, n);
-        store(p.w2_rows + (k + i) * size.h + h, x[i]);
-      }
+      for (int i = 0; i < rows; ++i) x[i] = load_part(w2 + (k + i) * call.h + h, n);
+      store_terms<PAIRS>(x, rows, p.w2_rows + terms<PAIRS>(k) * size.h + h, size.h);
       transpose(x);
-      for (int j = 0; j < n; ++j) store(p.w2_terms + (h + j) * size.k + k, x[j]);
+      store_terms<PAIRS>(x, n, p.w2_terms + terms<PAIRS>(h) * size.k + k, size.k);
     }
     store(p.b2 + k, load_part(b2 + k, least(WIDTH, call.k - k)));
   }
@@ -204,7 +203,7 @@ static void prepare_w2(const Call& call) {
 void token_learner_prepare(const Call& call, int64_t begin, int64_t end) {
   for_dtype(call, [&](auto type, auto pairs) {
     for (int64_t item = begin; item < end; ++item)
-      if (item == 0) prepare_w2<decltype(type)>(call);
+      if (item == 0) prepare_w2<decltype(type), pairs>(call);
       else prepare_w1<decltype(type), pairs>(call, (item - 1) * WIDTH);
   });
 }
@@ -407,11 +406,12 @@ static inline void product_of_channels(const Call& call, int rows, Value value, 
 }
 
 // to (n, m) = A (n, terms) B with B as rows (terms, m): the small products.
+template <bool PAIRS>
 static inline void product_of_rows(int n, int64_t terms, int64_t depth, const float* a, int64_t a_row,
                                    const float* rows, int64_t m, float* to) {
   for (int64_t t = 0; t < terms; t += depth)
-    gemm({.vectors = int(m / WIDTH), .n = n, .k = least(depth, terms - t), .a = rows + t * m, .a_k = m, .a_v = WIDTH,
-          .b = a + t, .b_n = a_row, .b_k = 1, .c = to, .c_n = m, .c_v = WIDTH, .add = t > 0});
+    gemm<PAIRS>({.vectors = int(m / WIDTH), .n = n, .k = least(depth, terms - t), .a = rows + t * m, .a_k = m,
+                 .a_v = WIDTH, .b = a + t, .b_n = a_row, .b_k = 1, .c = to, .c_n = m, .c_v = WIDTH, .add = t > 0});
 }
 
 // sum (n, m) += or = A^T B over the tokens, or pairs of them, with A (tokens, n) and B (tokens, m).
@@ -423,32 +423,43 @@ static inline void gather(int tokens, int64_t n, const float* a, int64_t a_row, 
                .ahead = ahead});
 }
 
-// hidden (rows, h), logits (rows, k) without b2; if asked for, slopes of the GELU, and z (rows, h) without b1.
+// A vector of what a small product takes, floats or half as many bytes of bfloat16; x may start where the row of floats
+// does that it is made from, from the left to the right.
+template <bool PAIRS>
+static inline void store_factor(float* row, int64_t at, Vec x) {
+  if constexpr (PAIRS) store_part(reinterpret_cast<bfloat16*>(row) + at, x, WIDTH);
+  else store(row + at, x);
+}
+
+// z (rows, h) without b1; hidden (rows, h), as a factor, and it may be z; logits (rows, k) without b2; if asked for,
+// slopes of the GELU.
 // Pairs are of raw tokens, normalised afterwards: with w = w1 norm_weight, w (x - mean) inverse = (w x - mean sum(w))
 // inverse.  A mean cancels there in float, from products of bfloat16 that are exact.
 template <bool PAIRS>
 static void logits(const Call& call, const Sizes& size, const Prepared& p, int rows, const Tokens& x, const Raw& raw,
-                   float* hidden, float* slope, float* z, float* to, Ahead* ahead) {
+                   float* z, float* hidden, float* slope, float* to, Ahead* ahead) {
   if constexpr (PAIRS)
-    product<PAIRS>(rows, call.c / 2, depth_of(call.c / 2), raw.pairs(), raw.row / 2, p.w1_terms, size.h, hidden, size.h,
+    product<PAIRS>(rows, call.c / 2, depth_of(call.c / 2), raw.pairs(), raw.row / 2, p.w1_terms, size.h, z, size.h,
                    ahead);
   else
     product_of_channels<PAIRS>(call, rows, [&](int r, int64_t c) { return normalised(size, x, r, c); }, x.block,
-                               p.w1_terms, size.h, hidden);
+                               p.w1_terms, size.h, z);
   const auto each = [&](auto gelu) {
     for (int64_t h = 0; h < size.h; h += WIDTH) {
       const Vec bias = load(p.b1 + h), level = load(p.w1_mean + h) * float(call.c);
       for (int r = 0; r < rows; ++r) {
         const int64_t at = r * size.h + h;
-        Vec rise{}, sum = load(hidden + at);
+        Vec rise{}, sum = load(z + at);
         if constexpr (PAIRS) sum = fma(level, broadcast(-x.mean[r]), sum) * x.inverse[r];
-        store(hidden + at, gelu(sum + bias, slope ? &rise : nullptr));
-        if (slope) store(slope + at, rise), store(z + at, sum);
+        if (slope) store(z + at, sum);
+        store_factor<PAIRS>(hidden + r * size.h, h, gelu(sum + bias, slope ? &rise : nullptr));
+        if (slope) store(slope + at, rise);
       }
     }
   };
-  call.erf ? each(gelu_erf) : each(gelu_tanh);
-  product_of_rows(rows, call.h, depth_of(call.h), hidden, size.h, p.w2_terms, size.k, to);
+  call.erf ? each(gelu_erf<PAIRS>) : each(gelu_tanh<PAIRS>);
+  const int64_t units = terms<PAIRS>(call.h);
+  product_of_rows<PAIRS>(rows, units, depth_of(units), hidden, size.h, p.w2_terms, size.k, to);
 }
 
 }  // namespace mirasol::MIRASOL_ISA
