@@ -2,7 +2,7 @@
 // Forward: an item is a row of the batch, or a part of its tokens where there are few rows.  It walks over tiles of
 // tokens with an online softmax; parts are merged in their order, each by the thread that has it.
 #include <sched.h>
-#include "token_learner/tile.h"
+#include "token_learner/logits.h"
 
 namespace mirasol::MIRASOL_ISA {
 
