@@ -252,15 +252,6 @@ static void gradients_of_tokens(const Call& call, const Sizes& size, int rows, c
   }
 }
 
-// to (rows / 2, row): rows of bfloat16, each in the first half of `row` floats, as pairs of rows.
-static void pair_tokens(const float* x, int rows, int64_t row, float* to) {
-  for (int r = 0; r < rows; r += 2)
-    for (int64_t i = 0; i < row; i += WIDTH) {
-      const auto halves = [&](int of) { return load_halves(reinterpret_cast<const bfloat16*>(x + of * row) + i, WIDTH); };
-      store(to + r / 2 * row + i, pair(halves(r), r + 1 < rows ? halves(r + 1) : Halves{}));
-    }
-}
-
 template <bool PAIRS>
 static void side_by_side(const Call& call, const Sizes& size, int rows, const BackwardSpace& s) {
   for (int r = 0; r < rows; ++r) {
@@ -301,8 +292,8 @@ static void backward_tile(const Backward& g, const Sizes& size, const Prepared& 
                 (tile.batch * call.sources[tile.source].tokens + tile.token) * call.c;
   if (rows) {
     const Raw raw = fetch<T, PAIRS>(call, tile, size, s.tokens);
-    Ahead next = next_tile(call, tile, terms_of_blocks(size.h / WIDTH, rows, call.c / 2) +
-                                           terms_of_blocks(size.c / WIDTH, call.h, terms<PAIRS>(rows)));
+    Ahead next = next_tile<PAIRS>(call, tile, terms_of_blocks(size.h / WIDTH, rows, call.c / 2) +
+                                                  terms_of_blocks(size.c / WIDTH, call.h, terms<PAIRS>(rows)));
     Ahead* const ahead = next.step ? &next : nullptr;  // its first part now, the rest during the last product
     logits<PAIRS>(call, size, p, rows, s.tokens, raw, s.z, s.hidden, s.slope, s.weights, ahead);
     const int64_t depth = depth_of(terms<PAIRS>(call.c));
@@ -319,7 +310,8 @@ static void backward_tile(const Backward& g, const Sizes& size, const Prepared& 
       }
       store(sum.b1 + h, load(sum.b1 + h) + total);
     }
-    if constexpr (PAIRS) pair_tokens(s.ds, rows, size.k, s.ds_pairs), pair_tokens(s.hidden, rows, size.h, s.hidden_pairs);
+    if constexpr (PAIRS)
+      pair_tokens(s.ds, rows, size.k, s.ds_pairs), pair_tokens(s.hidden, rows, size.h, s.hidden_pairs);
     gather<PAIRS>(rows, call.k, PAIRS ? s.ds_pairs : s.ds, size.k, PAIRS ? s.hidden_pairs : s.hidden, size.h, size.h,
                   sum.w2, size.h, !first);
     side_by_side<PAIRS>(call, size, rows, s);

@@ -106,7 +106,7 @@ static void forward_item(const Forward& f, int64_t item, ForwardSpace s) {
   for_tiles(call, size, batch, part * tiles / parts, (part + 1) * tiles / parts, [&](const Tile& tile) {
     if (!tile.real) return;
     const Raw raw = fetch<T, PAIRS>(call, tile, size, s.tokens);
-    Ahead next = next_tile(call, tile, terms_of_blocks(size.h / WIDTH, tile.real, call.c / 2));
+    Ahead next = next_tile<PAIRS>(call, tile, terms_of_blocks(size.h / WIDTH, tile.real, call.c / 2));
     logits<PAIRS>(call, size, p, tile.real, s.tokens, raw, s.hidden, s.hidden, nullptr, s.weights,
                   next.step ? &next : nullptr);
     weigh<PAIRS>(call, size, p, tile.real, s);

@@ -147,12 +147,13 @@ static Raw fetch_pairs(const Call& call, const Tile& tile, const Sizes& size, co
   return raw;
 }
 
-// The next tile, for as many terms of blocks as there will be until then.
+// The next tile of pairs, for as many terms of blocks as there will be until then.
+template <bool PAIRS>
 static inline Ahead next_tile(const Call& call, const Tile& tile, int64_t terms) {
   const Source& source = call.sources[tile.source];
-  if (!tile.next || source.row != call.c) return {};  // rows that are apart: `fetch_pairs` knows where
-  const int64_t first = tile.batch * source.batch + (tile.token + tile.rows) * source.row, bytes = 2 * tile.next * call.c;
-  return {static_cast<const char*>(source.data) + 2 * first, (bytes + terms - 1) / terms};
+  if (!PAIRS || !tile.next || source.row != call.c) return {};  // rows that are apart: `fetch_pairs` knows where
+  const int64_t first = tile.batch * source.batch + (tile.token + tile.rows) * source.row;
+  return {static_cast<const char*>(source.data) + 2 * first, (2 * tile.next * call.c + terms - 1) / terms};
 }
 
 template <class T, bool PAIRS>
@@ -174,6 +175,15 @@ static inline void pair_rows(float* x, int rows, int64_t row, int64_t columns) {
       store(x + r / 2 * row + c, pair(load(x + r * row + c), r + 1 < rows ? load(x + (r + 1) * row + c) : Vec{}));
 }
 
+// to (rows / 2, row): rows of bfloat16, each in the first half of `row` floats, as pairs of rows.
+static inline void pair_tokens(const float* x, int rows, int64_t row, float* to) {
+  for (int r = 0; r < rows; r += 2)
+    for (int64_t i = 0; i < row; i += WIDTH) {
+      const auto halves = [&](int of) { return load_halves(x + of * row + i / 2, WIDTH); };
+      store(to + r / 2 * row + i, pair(halves(r), r + 1 < rows ? halves(r + 1) : Halves{}));
+    }
+}
+
 // to (n, m) = A (n, terms) B, with B in panels (m / WIDTH, terms, WIDTH), `depth` terms at a time; with PAIRS terms are
 // pairs, of both.
 template <bool PAIRS>
@@ -185,7 +195,7 @@ static inline void product(int n, int64_t terms, int64_t depth, const Element* a
                  .add = t > 0, .ahead = ahead});
 }
 
-// to (rows, m) = X B over the channels, in floats, with B in panels (m / WIDTH, c, WIDTH); value(row, c): a vector of X.
+// to (rows, m) = X B over the channels, in floats, with B in panels (m / WIDTH, c, WIDTH); value(row, c): of X.
 template <class Value>
 static inline void product_of_channels(const Call& call, int rows, Value value, float* block, const float* panels,
                                        int64_t m, float* to) {
