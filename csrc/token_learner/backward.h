@@ -55,7 +55,7 @@ struct BackwardSpace {
   Tokens tokens;
   float *hidden, *slope, *z, *dz;  // (rows, h); z without b1
   float *weights, *ds;             // (rows, k)
-  float *hidden_pairs, *ds_pairs;  // (rows / 2, h), (rows / 2, k), of pairs: of tokens, for the sum over them
+  float* ds_pairs;                 // (rows / 2, k), of pairs: of tokens, for the sum over them
   float* dx;                       // (rows, row); of pairs (rows, MAX_VECTORS WIDTH): of some channels
   float *lift, *slopes;            // (rows): what the norm takes away, of a token
   float* dpooled_terms;            // (k / WIDTH, c, WIDTH), for the sum over channels
@@ -75,7 +75,7 @@ static BackwardSpace backward_space(const Call& call, float* at, int64_t* floats
   s.hidden = space.take(size.rows * size.h), s.slope = space.take(size.rows * size.h);
   s.z = space.take(size.rows * size.h), s.dz = space.take(size.rows * size.h);
   s.weights = space.take(size.rows * size.k), s.ds = space.take(size.rows * size.k);
-  s.hidden_pairs = space.take((size.rows + 1) / 2 * size.h), s.ds_pairs = space.take((size.rows + 1) / 2 * size.k);
+  s.ds_pairs = space.take((size.rows + 1) / 2 * size.k);
   s.dx = space.take(size.rows * (call.pairs ? MAX_VECTORS * WIDTH : size.row));
   s.lift = space.take(size.rows), s.slopes = space.take(size.rows);
   s.dpooled_terms = space.take(size.k * call.c);
@@ -311,8 +311,8 @@ static void backward_tile(const Backward& g, const Sizes& size, const Prepared& 
       store(sum.b1 + h, load(sum.b1 + h) + total);
     }
     if constexpr (PAIRS)
-      pair_tokens(s.ds, rows, size.k, s.ds_pairs), pair_tokens(s.hidden, rows, size.h, s.hidden_pairs);
-    gather<PAIRS>(rows, call.k, PAIRS ? s.ds_pairs : s.ds, size.k, PAIRS ? s.hidden_pairs : s.hidden, size.h, size.h,
+      pair_tokens(s.ds, rows, size.k, s.ds_pairs), pair_rows(s.hidden, rows, size.h, size.h);
+    gather<PAIRS>(rows, call.k, PAIRS ? s.ds_pairs : s.ds, size.k, s.hidden, size.h, size.h,
                   sum.w2, size.h, !first);
     side_by_side<PAIRS>(call, size, rows, s);
     normalise_backward(call, size, p, rows, s);

@@ -235,8 +235,8 @@ static inline void store_factor(float* row, int64_t at, Vec x) {
   else store(row + at, x);
 }
 
-// z (rows, h) without b1; hidden (rows, h), as a factor, and it may be z; logits (rows, k) without b2; if asked for,
-// slopes of the GELU.
+// z (rows, h) without b1; hidden (rows, h), which may be z; logits (rows, k) without b2; if asked for, slopes of the
+// GELU.  Hidden units stay floats here: logits leave as floats, in the state.
 // Pairs are of raw tokens, normalised afterwards: with w = w1 norm_weight, w (x - mean) inverse = (w x - mean sum(w))
 // inverse.  A mean cancels there in float, from products of bfloat16 that are exact.
 template <bool PAIRS>
@@ -256,14 +256,13 @@ static void logits(const Call& call, const Sizes& size, const Prepared& p, int r
         Vec rise{}, sum = load(z + at);
         if constexpr (PAIRS) sum = fma(level, broadcast(-x.mean[r]), sum) * x.inverse[r];
         if (slope) store(z + at, sum);
-        store_factor<PAIRS>(hidden + r * size.h, h, gelu(sum + bias, slope ? &rise : nullptr));
+        store(hidden + at, gelu(sum + bias, slope ? &rise : nullptr));
         if (slope) store(slope + at, rise);
       }
     }
   };
   call.erf ? each(gelu_erf<PAIRS>) : each(gelu_tanh<PAIRS>);
-  const int64_t units = terms<PAIRS>(call.h);
-  product_of_rows<PAIRS>(rows, units, depth_of(units), hidden, size.h, p.w2_terms, size.k, to);
+  product_of_rows<false>(rows, call.h, depth_of(call.h), hidden, size.h, p.w2_terms, size.k, to);
 }
 
 }  // namespace mirasol::MIRASOL_ISA

@@ -106,7 +106,7 @@ struct Prepared {
   float* w1_rows;   // (c / WIDTH, h, WIDTH): the same, for the sum over hidden units
   float* b1;        // (h) b1 + w1 norm_bias
   float* w1_mean;   // (h) of w1 norm_weight over channels
-  float* w2_terms;  // (h, k)
+  float* w2_terms;  // (h, k), of floats always
   float* w2_rows;   // (k, h)
   float* b2;        // (k)
 };
@@ -190,7 +190,7 @@ static void prepare_w2(const Call& call) {
       for (int i = 0; i < rows; ++i) x[i] = load_part(w2 + (k + i) * call.h + h, n);
       store_terms<PAIRS>(x, rows, p.w2_rows + terms<PAIRS>(k) * size.h + h, size.h);
       transpose(x);
-      store_terms<PAIRS>(x, n, p.w2_terms + terms<PAIRS>(h) * size.k + k, size.k);
+      store_terms<false>(x, n, p.w2_terms + h * size.k + k, size.k);
     }
     store(p.b2 + k, load_part(b2 + k, least(WIDTH, call.k - k)));
   }
