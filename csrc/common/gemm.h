@@ -22,6 +22,13 @@ constexpr int MAX_VECTORS = 3;  // 16 registers, one of them for the product tha
 constexpr int BLOCK[] = {0, 8, 4, 3};
 #endif
 
+// Memory that is on its way to a cache while something is computed, `step` bytes for each term of a block of C: at the
+// pace of a product, where a loop of its own would have to wait for it.
+struct Ahead {
+  const char* next;
+  int64_t step;
+};
+
 struct Product {
   int vectors, n, k;  // m is `vectors` whole vectors
   const float* a;
@@ -34,6 +41,7 @@ struct Product {
   const Bits* mask = nullptr;  // one per vector, or none: a lane that is off gets nothing, not even 0 * NaN
   float* top = nullptr;        // (m), or none: becomes the largest of itself and its column of C, NaN passed over,
   const Bits* on = nullptr;    // in lanes that are on (one per vector, or none: in all)
+  Ahead* ahead = nullptr;      // or none; of pairs without masks only
 };
 
 template <bool PAIRS>
@@ -41,11 +49,19 @@ static inline Vec step(Vec a, Vec b, Vec c) {
   return PAIRS ? dot(a, b, c) : fma(a, b, c);
 }
 
+// How many terms of its blocks a product has: for the step of an Ahead.
+static inline int64_t terms_of_blocks(int64_t vectors, int64_t n, int64_t k) {
+  const int64_t passes = (vectors + MAX_VECTORS - 1) / MAX_VECTORS, rows = BLOCK[(vectors + passes - 1) / passes];
+  return passes * ((n + rows - 1) / rows) * k;
+}
+
 // N rows of V vectors of C in registers.
-template <bool PAIRS, int V, int N, bool MASKED>
+template <bool PAIRS, int V, int N, bool MASKED, bool AHEAD>
 static inline void gemm_block(Product p) {
   Vec sum[N][V] = {};
+  Ahead ahead = AHEAD ? *p.ahead : Ahead{};
   for (int i = 0; i < p.k; ++i, p.a += p.a_k, p.b += p.b_k) {
+    if constexpr (AHEAD) __builtin_prefetch(ahead.next), ahead.next += ahead.step;
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) {
       const Vec factor = broadcast(p.b[n * p.b_n]);
@@ -54,6 +70,7 @@ static inline void gemm_block(Product p) {
         sum[n][v] = step<PAIRS>(load(p.a + v * p.a_v), MASKED ? keep(p.mask[v], factor) : factor, sum[n][v]);
     }
   }
+  if constexpr (AHEAD) p.ahead->next = ahead.next;
 #pragma GCC unroll 8
   for (int n = 0; n < N; ++n)
 #pragma GCC unroll 8
@@ -74,26 +91,28 @@ static inline void gemm_block(Product p) {
 }
 
 // The rows left over after whole blocks, in one block of their number, at most N.
-template <bool PAIRS, int V, int N, bool MASKED>
+template <bool PAIRS, int V, int N, bool MASKED, bool AHEAD>
 static inline void gemm_rest(const Product& p) {
   if constexpr (N > 0) {
-    if (p.n == N) return gemm_block<PAIRS, V, N, MASKED>(p);
-    gemm_rest<PAIRS, V, N - 1, MASKED>(p);
+    if (p.n == N) return gemm_block<PAIRS, V, N, MASKED, AHEAD>(p);
+    gemm_rest<PAIRS, V, N - 1, MASKED, AHEAD>(p);
   }
 }
 
-template <bool PAIRS, int V, bool MASKED>
+template <bool PAIRS, int V, bool MASKED, bool AHEAD>
 static void gemm_rows(Product p) {
   constexpr int N = MASKED ? 2 : BLOCK[V];  // masked products are few: small code rather than the best
-  for (; p.n >= N; p.n -= N, p.b += N * p.b_n, p.c += N * p.c_n) gemm_block<PAIRS, V, N, MASKED>(p);
-  gemm_rest<PAIRS, V, N - 1, MASKED>(p);
+  for (; p.n >= N; p.n -= N, p.b += N * p.b_n, p.c += N * p.c_n) gemm_block<PAIRS, V, N, MASKED, AHEAD>(p);
+  gemm_rest<PAIRS, V, N - 1, MASKED, AHEAD>(p);
 }
 
 template <bool PAIRS, int V>
 static void gemm_width(const Product& p) {
   if constexpr (V > 0) {
     if (p.vectors != V) return gemm_width<PAIRS, V - 1>(p);
-    p.mask ? gemm_rows<PAIRS, V, true>(p) : gemm_rows<PAIRS, V, false>(p);
+    if constexpr (PAIRS)
+      if (p.ahead) return gemm_rows<PAIRS, V, false, true>(p);
+    p.mask ? gemm_rows<PAIRS, V, true, false>(p) : gemm_rows<PAIRS, V, false, false>(p);
   }
 }
 

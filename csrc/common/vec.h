@@ -124,6 +124,16 @@ static inline Vec exp(Vec x) {
   return select(x < -87.336544f, Vec{}, p * (Vec)power);
 }
 
+// 1 / x within 1 ulp, where 1 / x is no subnormal; such a result may be 0.
+static inline Vec reciprocal(Vec x) {
+#if defined(__AVX512F__)
+  const Vec guess = (Vec)_mm512_rcp14_ps((__m512)x);
+  return fma(guess, fma(-x, guess, broadcast(1.0f)), guess);
+#else
+  return 1.0f / x;
+#endif
+}
+
 // x[i][j] and x[j][i] change places: the first half of the rows is interleaved with the second, log2(WIDTH) times.
 static inline void transpose(Vec (&x)[WIDTH]) {
 #pragma GCC unroll 16

@@ -5,7 +5,7 @@
 // norm_weight + db1 norm_bias, dnorm_weight = sum of w1 G over hidden units, dnorm_bias = w1 db1.
 #include <sched.h>
 #include <cstring>
-#include "token_learner/tile.h"
+#include "token_learner/logits.h"
 
 namespace mirasol::MIRASOL_ISA {
 
@@ -55,6 +55,7 @@ struct BackwardSpace {
   Tokens tokens;
   float *hidden, *slope, *z, *dz;  // (rows, h); z without b1
   float *weights, *ds;             // (rows, k)
+  float* ds_pairs;                 // (rows / 2, k), of pairs: of tokens, for the sum over them
   float* dx;                       // (rows, row); of pairs (rows, MAX_VECTORS WIDTH): of some channels
   float *lift, *slopes;            // (rows): what the norm takes away, of a token
   float* dpooled_terms;            // (k / WIDTH, c, WIDTH), for the sum over channels
@@ -74,6 +75,7 @@ static BackwardSpace backward_space(const Call& call, float* at, int64_t* floats
   s.hidden = space.take(size.rows * size.h), s.slope = space.take(size.rows * size.h);
   s.z = space.take(size.rows * size.h), s.dz = space.take(size.rows * size.h);
   s.weights = space.take(size.rows * size.k), s.ds = space.take(size.rows * size.k);
+  s.ds_pairs = space.take((size.rows + 1) / 2 * size.k);
   s.dx = space.take(size.rows * (call.pairs ? MAX_VECTORS * WIDTH : size.row));
   s.lift = space.take(size.rows), s.slopes = space.take(size.rows);
   s.dpooled_terms = space.take(size.k * call.c);
@@ -94,14 +96,79 @@ int64_t token_learner_backward_workspace(const Call& call) {
 template <bool PAIRS>
 static inline int64_t terms_of_both(const Call& call) { return terms<PAIRS>(call.h) + terms<PAIRS>(call.k); }
 
-// What a row of the batch brings: the gradient of what it pools, both ways round.
+// Rows k .. k + WIDTH of what a row of the batch brings: of the gradient of what it pools, both ways round, and for
+// finished tokens dpooled . pooled in the diagonal of ds, and what is missing from it, negated, in dsum.
+static void bring_floats(const Backward& g, int64_t first, int64_t k, int rows, const BackwardSpace& s) {
+  const Call& call = g.call;
+  float* const panels = s.both_rows + call.h * WIDTH;
+  for (int64_t c = 0; c < call.c; c += WIDTH) {
+    const int n = least(WIDTH, call.c - c);
+    for (int i = 0; i < rows; ++i) {  // too many streams for the chip to foresee
+      const int64_t ahead = (first + i) * call.c + c + 4 * WIDTH;
+      __builtin_prefetch(g.dpooled + ahead);
+      if (call.divide) __builtin_prefetch(g.pooled + ahead);
+    }
+    Vec x[WIDTH] = {};
+    for (int i = 0; i < rows; ++i) x[i] = load_part(g.dpooled + (first + i) * call.c + c, n);
+    store_terms<false>(x, rows, panels + c * terms_of_both<false>(call) + k * WIDTH);
+    transpose(x);
+    store_terms<false>(x, n, s.dpooled_terms + k * call.c + c * WIDTH);
+  }
+  store(s.dsum + k, Vec{});
+  if (call.divide)
+    product_of_channels(
+        call, rows,
+        [&](int r, int64_t c) { return load_part(g.pooled + (first + r) * call.c + c, least(WIDTH, call.c - c)); },
+        s.tokens.block, s.dpooled_terms + k * call.c, WIDTH, s.ds);
+}
+
+// The same.  Rows become bfloat16 one after the other, as memory has them, where no tile is yet.  Tokens are exact and
+// pooled is not: what its rounding leaves out grows with the mean of tokens, and is what is missing.
+static void bring_pairs(const Backward& g, const Sizes& size, int64_t first, int64_t k, int rows,
+                        const BackwardSpace& s) {
+  const Call& call = g.call;
+  float *const dpooled = s.tokens.x, *const pooled = dpooled + size.c / 2;  // rows are size.row apart
+  Vec rest[WIDTH] = {};
+  for (int i = 0; i < rows; ++i)
+    for (int64_t c = 0; c < call.c; c += WIDTH) {
+      const int64_t at = (first + i) * call.c + c;
+      const int n = least(WIDTH, call.c - c);
+      __builtin_prefetch(g.dpooled + at + 16 * WIDTH);
+      const Vec x = load_part(g.dpooled + at, n);
+      store_factor<true>(dpooled + i * size.row, c, x);
+      if (!call.divide) continue;
+      const auto rounded = [](Vec y) { return (Vec)(round_bfloat16(y) & 0xffff0000u); };
+      __builtin_prefetch(g.pooled + at + 16 * WIDTH);
+      const Vec y = load_part(g.pooled + at, n);
+      store_factor<true>(pooled + i * size.row, c, y);
+      rest[i] = fma(rounded(x), y - rounded(y), rest[i]);
+    }
+  store(s.dsum + k, -sums(rest));
+  const int64_t terms_of_c = call.c / 2, both = terms_of_both<true>(call) * WIDTH;
+  float* const panels = s.both_rows + (terms<true>(call.h) + terms<true>(k)) * WIDTH;
+  float* const to = s.dpooled_terms + k * terms_of_c;
+  for (int64_t t = 0; t < terms_of_c; t += WIDTH) {
+    const int n = least(WIDTH, terms_of_c - t);
+    Vec x[WIDTH] = {};
+    for (int i = 0; i < rows; ++i) x[i] = load_part(dpooled + i * size.row + t, n);
+    float* const panel = panels + 2 * t / WIDTH * both;
+    for (int i = 0; i < rows; i += 2) {
+      const Interleaved two = interleave(x[i], x[i + 1]);
+      store(panel + i / 2 * WIDTH, two.low);
+      if (2 * t + WIDTH < size.c) store(panel + both + i / 2 * WIDTH, two.high);
+    }
+    transpose(x);
+    for (int j = 0; j < n; ++j) store(to + (t + j) * WIDTH, x[j]);
+  }
+  if (call.divide)
+    product<true>(rows, terms_of_c, depth_of(terms_of_c), pooled, size.row, to, WIDTH, s.ds, WIDTH);
+}
+
 // dsum = -(dpooled . pooled) is summed as x . dpooled will be: where one token has all the weight, and is what comes
-// out, its ds is 0 to the bit and not what two orders of summation leave.  In pairs tokens are
-// exact and pooled is not: what its rounding leaves out grows with the mean of tokens, and is added.
+// out, its ds is 0 to the bit and not what two orders of summation leave.
 template <bool PAIRS>
 static void bring(const Backward& g, const Sizes& size, int64_t batch, const BackwardSpace& s) {
   const Call& call = g.call;
-  float* const panels = s.both_rows + terms<PAIRS>(call.h) * WIDTH;
   for (int64_t k = 0; k < size.k; k += WIDTH) {
     const int rows = least(WIDTH, call.k - k);
     const int64_t first = batch * call.k + k;
@@ -109,50 +176,24 @@ static void bring(const Backward& g, const Sizes& size, int64_t batch, const Bac
       s.base[k + i] = i >= rows || g.max[first + i] == -__builtin_inff() ? 0 : g.max[first + i];
       s.share[k + i] = i >= rows ? 0 : !call.divide || g.sum[first + i] == 0 ? 1 : 1 / g.sum[first + i];
     }
-    Vec rest[WIDTH] = {};
-    for (int64_t c = 0; c < call.c; c += WIDTH) {
-      const int n = least(WIDTH, call.c - c);
-      for (int i = 0; i < rows; ++i) {  // too many streams for the chip to foresee
-        const int64_t ahead = (first + i) * call.c + c + 4 * WIDTH;
-        __builtin_prefetch(g.dpooled + ahead);
-        if (call.divide) __builtin_prefetch(g.pooled + ahead);
-      }
-      Vec x[WIDTH] = {};
-      for (int i = 0; i < rows; ++i) {
-        const int64_t at = (first + i) * call.c + c;
-        x[i] = load_part(g.dpooled + at, n);
-        if constexpr (PAIRS) {
-          if (!call.divide) continue;
-          const auto rounded = [](Vec y) { return (Vec)(round_bfloat16(y) & 0xffff0000u); };
-          const Vec pooled = load_part(g.pooled + at, n);
-          rest[i] = fma(rounded(x[i]), pooled - rounded(pooled), rest[i]);
-        }
-      }
-      store_terms<PAIRS>(x, rows, panels + c * terms_of_both<PAIRS>(call) + terms<PAIRS>(k) * WIDTH);
-      transpose(x);
-      store_terms<PAIRS>(x, n, s.dpooled_terms + k * terms<PAIRS>(call.c) + terms<PAIRS>(c) * WIDTH);
-    }
-    store(s.dsum + k, -sums(rest));
-    if (call.divide)
-      product_of_channels<PAIRS>(
-          call, rows,
-          [&](int r, int64_t c) { return load_part(g.pooled + (first + r) * call.c + c, least(WIDTH, call.c - c)); },
-          s.tokens.block, s.dpooled_terms + k * terms<PAIRS>(call.c), WIDTH, s.ds);
+    if constexpr (PAIRS) bring_pairs(g, size, first, k, rows, s);
+    else bring_floats(g, first, k, rows, s);
     for (int i = 0; i < rows; ++i)
       s.dsum[k + i] = call.divide ? s.dsum[k + i] - s.ds[i * WIDTH + i] : g.dsum[first + i];
   }
 }
 
 // Logits become weights, and ds, so far x . dpooled, becomes the gradient of the logits.
+template <bool PAIRS>
 static void softmax_backward(const Sizes& size, const Prepared& p, int rows, const BackwardSpace& s, float* db2) {
   for (int64_t k = 0; k < size.k; k += WIDTH) {
     const Vec bias = load(p.b2 + k), base = load(s.base + k), share = load(s.share + k), dsum = load(s.dsum + k);
     Vec total{};
     for (int r = 0; r < rows; ++r) {
       const int64_t at = r * size.k + k;
-      const Vec weight = exp(load(s.weights + at) + bias - base) * share;
+      const Vec weight = exp_of<PAIRS>(load(s.weights + at) + bias - base) * share;
       const Vec ds = weight * (dsum + load(s.ds + at));
-      store(s.weights + at, weight), store(s.ds + at, ds);
+      store(s.weights + at, weight), store_factor<PAIRS>(s.ds + r * size.k, k, ds);
       total += ds;
     }
     store(db2 + k, load(db2 + k) + total);
@@ -251,12 +292,15 @@ static void backward_tile(const Backward& g, const Sizes& size, const Prepared& 
                 (tile.batch * call.sources[tile.source].tokens + tile.token) * call.c;
   if (rows) {
     const Raw raw = fetch<T, PAIRS>(call, tile, size, s.tokens);
-    logits<PAIRS>(call, size, p, rows, s.tokens, raw, s.hidden, s.slope, s.z, s.weights);
+    Ahead next = next_tile<PAIRS>(call, tile, terms_of_blocks(size.h / WIDTH, rows, call.c / 2) +
+                                                  terms_of_blocks(size.c / WIDTH, call.h, terms<PAIRS>(rows)));
+    Ahead* const ahead = next.step ? &next : nullptr;  // its first part now, the rest during the last product
+    logits<PAIRS>(call, size, p, rows, s.tokens, raw, s.z, s.hidden, s.slope, s.weights, ahead);
     const int64_t depth = depth_of(terms<PAIRS>(call.c));
     product<PAIRS>(rows, terms<PAIRS>(call.c), depth, PAIRS ? raw.pairs() : s.tokens.x, PAIRS ? raw.row / 2 : size.row,
                    s.dpooled_terms, size.k, s.ds, size.k);
-    softmax_backward(size, p, rows, s, sum.b2);
-    product_of_rows(rows, call.k, call.k, s.ds, size.k, p.w2_rows, size.h, s.dz);
+    softmax_backward<PAIRS>(size, p, rows, s, sum.b2);
+    product_of_rows<PAIRS>(rows, terms<PAIRS>(call.k), terms<PAIRS>(call.k), s.ds, size.k, p.w2_rows, size.h, s.dz);
     for (int64_t h = 0; h < size.h; h += WIDTH) {
       Vec total{};
       for (int64_t at = h; at < rows * size.h; at += size.h) {
@@ -266,13 +310,16 @@ static void backward_tile(const Backward& g, const Sizes& size, const Prepared& 
       }
       store(sum.b1 + h, load(sum.b1 + h) + total);
     }
-    gather<false>(rows, call.k, s.ds, size.k, s.hidden, size.h, size.h, sum.w2, size.h, !first);
+    if constexpr (PAIRS)
+      pair_tokens(s.ds, rows, size.k, s.ds_pairs), pair_rows(s.hidden, rows, size.h, size.h);
+    gather<PAIRS>(rows, call.k, PAIRS ? s.ds_pairs : s.ds, size.k, s.hidden, size.h, size.h,
+                  sum.w2, size.h, !first);
     side_by_side<PAIRS>(call, size, rows, s);
     normalise_backward(call, size, p, rows, s);
     gradients_of_tokens<T, PAIRS>(call, size, rows, s, raw, to);
     if constexpr (PAIRS) {
       pair_dz(size, rows, s);
-      gather<PAIRS>(rows, call.h, s.dz, size.h, s.tokens.x, size.row, size.c, sum.w1, size.row, !first);
+      gather<PAIRS>(rows, call.h, s.dz, size.h, s.tokens.x, size.row, size.c, sum.w1, size.row, !first, ahead);
     } else
       for (int64_t c = 0; c < size.c; c += DEPTH) {
         const int n = least(DEPTH, size.c - c);

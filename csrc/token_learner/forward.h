@@ -2,7 +2,7 @@
 // Forward: an item is a row of the batch, or a part of its tokens where there are few rows.  It walks over tiles of
 // tokens with an online softmax; parts are merged in their order, each by the thread that has it.
 #include <sched.h>
-#include "token_learner/tile.h"
+#include "token_learner/logits.h"
 
 namespace mirasol::MIRASOL_ISA {
 
@@ -56,7 +56,7 @@ static void weigh(const Call& call, const Sizes& size, const Prepared& p, int ro
     Vec total{};
     for (int r = 0; r < rows; ++r) {
       float* const at = s.weights + r * size.k + k;
-      Vec weight = exp(load(at) + bias - base);
+      Vec weight = exp_of<PAIRS>(load(at) + bias - base);
       if constexpr (PAIRS) weight = (Vec)(round_bfloat16(weight) & 0xffff0000u);
       total += weight;
       store(at, weight);
@@ -106,7 +106,9 @@ static void forward_item(const Forward& f, int64_t item, ForwardSpace s) {
   for_tiles(call, size, batch, part * tiles / parts, (part + 1) * tiles / parts, [&](const Tile& tile) {
     if (!tile.real) return;
     const Raw raw = fetch<T, PAIRS>(call, tile, size, s.tokens);
-    logits<PAIRS>(call, size, p, tile.real, s.tokens, raw, s.hidden, nullptr, nullptr, s.weights);
+    Ahead next = next_tile<PAIRS>(call, tile, terms_of_blocks(size.h / WIDTH, tile.real, call.c / 2));
+    logits<PAIRS>(call, size, p, tile.real, s.tokens, raw, s.hidden, s.hidden, nullptr, s.weights,
+                  next.step ? &next : nullptr);
     weigh<PAIRS>(call, size, p, tile.real, s);
     if constexpr (PAIRS) pair_rows(s.weights, tile.real, size.k, size.k);
     gather<PAIRS>(tile.real, call.k, s.weights, size.k, s.tokens.x, size.row, size.c, s.seen.sums, size.row,
