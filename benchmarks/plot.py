@@ -17,7 +17,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator
 
 from benchmarks.cases import NAMES
 from benchmarks.harness import threads
-from benchmarks.whole import RECOMPUTING
+from benchmarks.whole import RECOMPUTING, in_order
 
 INK = "#7d8590"  # a grey with enough contrast on white and on black; so are the colours
 COLOURS = {
@@ -40,7 +40,7 @@ STYLES = ("-", "--", ":", "-.", (0, (1, 3)))  # one per Combiner, in the order g
 
 def draw(report: dict[str, Any], path: Path) -> None:
     """Two panels over the frames of a clip: time, and peak memory of a fresh process."""
-    rows, machine = report["rows"], report["machine"]
+    rows, machine = in_order(report["rows"]), report["machine"]
     task = "training step" if report["train"] else "forward pass"
     combiners = ", ".join(dict.fromkeys(row["combiner"] for row in rows))
     where = f"{machine.get('gpu', machine['cpu'])} ({threads(machine)})"

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from benchmarks import headline, parts
 from benchmarks.results import Group
 from benchmarks.tables import Lines, number, table
+from benchmarks.whole import in_order
 
 
 def sweep_table(group: Group) -> Lines:
     head = ["frames", "Combiner", "who", "ms", "10 .. 90 %", "frames/s", "times the reference", "limit of our ops",
             "peak MB", "step MB", "joule", "error"]  # fmt: skip
-    rows, found = [], group.report["rows"]
+    rows, found = [], in_order(group.report["rows"])
     reference = {(r["frames"], r["combiner"]): r["seconds"] for r in found if r["backend"] == "reference"}
     for row in found:
         base = reference.get((row["frames"], row["combiner"]))

@@ -135,6 +135,12 @@ def step(
     return found
 
 
+def in_order(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A sweep's rows by Combiner and length, whatever was measured first."""
+    combiners = list(dict.fromkeys(row["combiner"] for row in rows))
+    return sorted(rows, key=lambda row: (combiners.index(row["combiner"]), row["frames"]))
+
+
 def prepare(job: Job) -> Callable[[], int]:
     """In a fresh process: everything but the step, whose memory is watched."""
     harness.return_freed()

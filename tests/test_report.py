@@ -104,8 +104,9 @@ def test_what_was_not_interleaved_is_not_compared(folder):
 
 def test_a_sweep_shows_what_it_knows(folder):
     rows = of_model("native", 1.0, limit=3.25, joules=12.0), of_model("reference", 2.0, joules=20.0)
-    (group,) = folder(x_2026_01_01_s=of_sweep(*rows))
-    head, _, mine, _ = report.sweep_table(group)
+    (group,) = folder(x_2026_01_01_s=of_sweep(*rows, of_model("native", 1.0, frames=16)))
+    head, _, shorter, mine, _ = report.sweep_table(group)  # which was measured last
+    assert shorter.startswith("| 16 |") and mine.startswith("| 512 |")
     assert "limit of our ops" in head and "joule" in head and "error" not in head
     assert "| 2.00 | 3.25 |" in mine and "| 12.0 |" in mine
 
@@ -188,7 +189,7 @@ def test_what_the_sweep_has_to_show(folder):
     small = of_sweep(ours, of_model("reference", 2.5, step_bytes=2e9)) | {"preset": "small", "dtype": "float32"}
     found = folder(x_2026_01_01_a=small, x_2026_01_02_b=of_op(row("native", 1.0, ours=True)))
     lines = report.headline_section(found)
-    assert lines[0].startswith("0 of 20 lines met") and "`x-2026-01-01-a.json`" in lines[0]
+    assert lines[0].startswith("0 of 21 lines met") and "`x-2026-01-01-a.json`" in lines[0]
     wanted = (
         "| 512 frames, training step, `all` | no: memory; not measured: compiled | 2.50 | 2 | 3.00 | | 1.5 | 0.50 |"
     )
