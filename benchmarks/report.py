@@ -198,7 +198,7 @@ def cell(value: Any) -> str:
 
 
 def newest(found: Sequence[Group], kind: str, what: str, dtype: str, gpu: bool = False) -> Group:
-    mine = [g for g in found if g.kind == kind and f"{g.what}, ".startswith(what) and g.dtype == dtype]
+    mine = [g for g in found if g.kind == kind and g.dtype == dtype and f"{g.what}, ".startswith(what and f"{what}, ")]
     mine = [g for g in mine if gpu == bool(g.report["machine"].get("gpu"))]
     if not mine:
         raise ValueError(
@@ -219,7 +219,7 @@ def op_section(op: str, found: Sequence[Group], each: bool = False) -> Lines:
 
 
 def sweep_section(found: Sequence[Group]) -> Lines:
-    group = newest(found, "sweep", "small, forward pass, snippets of 8, all, ", "float32")
+    group = newest(found, "sweep", "small, forward pass, snippets of 8, all", "float32")
     report, picture = group.report, f"![Time and peak memory over frames](docs/{group.slug}.png)"
     said = f"`{report['clip']}`, batch 1, float32, {where(report)}. From {files_of(group)}:"
     return [said, "", *sweep_table(group), "", picture]

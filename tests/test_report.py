@@ -165,7 +165,10 @@ def test_errors(folder, monkeypatch, tmp_path, capsys):
         report.readme("<!-- report:nothing -->\n<!-- /report -->", [])
     monkeypatch.setattr(report, "FOLDER", tmp_path / "empty")
     assert report.main([]) == 2
-    assert "benchmarks/results has nothing of 'small, forward pass' in float32 on a CPU" in capsys.readouterr().err
+    assert (
+        "benchmarks/results has nothing of 'small, forward pass, snippets of 8, all' in float32 on a CPU"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_stale_text_fails_the_check(monkeypatch, tmp_path, capsys):
