@@ -148,9 +148,10 @@ def prepare(job: Job) -> Callable[[], int]:
     model = build(config, job.device, job.dtype)
     clip = first(load(job.clip, config, job.frames), job.frames, job.device)
     call, backend = runner(model, job.backend)
-    if job.backend == COMPILED:
-        step(model, clip, backend, job.train, call)
-        model.zero_grad()
+    # What libraries keep for good is no part of a step: torch.utils.checkpoint alone imports 150 MB at its first call.
+    known = clip if job.backend == COMPILED else first(clip, min(job.frames, 2 * config.video.frames), job.device)
+    step(model, known, backend, job.train, call)
+    model.zero_grad()
 
     def work() -> int:
         step(model, clip, backend, job.train, call)
