@@ -12,7 +12,7 @@ import torch
 from torch.utils._pytree import tree_map
 
 from benchmarks import harness, recompute
-from benchmarks.scale import Live
+from benchmarks.rank_step import Live
 from benchmarks.whole import configure
 from mirasol_model import Mirasol, MirasolConfig
 from tests.model.clips import clip, model, words
