@@ -9,6 +9,7 @@ share of it (FSDP2).
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import math
 import os
@@ -338,8 +339,11 @@ def processes() -> Iterator[torch.device]:
     dist.init_process_group("nccl" if cuda else "gloo")
     try:
         yield device
-        dist.barrier()  # gloo may hang where the last reduction is still being put away at the end
+        dist.barrier()
     finally:
+        # DistributedDataParallel's reducer goes first: where it is the last that holds the group, it waits for gloo's
+        # threads and keeps the interpreter's lock, for which they may be waiting (pytorch/pytorch#56297).
+        gc.collect()
         dist.destroy_process_group()
 
 

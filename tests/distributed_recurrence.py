@@ -1,15 +1,13 @@
 """A process of test_latent_recurrence.py: the gradients of two processes, each with half the batch, against one's.
 
-python -m tests.distributed_recurrence KIND RANK FILE
+python -m tests.distributed_recurrence KIND
 """
 
 from __future__ import annotations
 
 import sys
-from datetime import timedelta
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -17,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from mirasol_kernels.latent_recurrence import latent_recurrence
 from tests.numerics import assert_close_fp64
+from tests.processes import world
 
 PROCESSES = 2
 
@@ -50,28 +49,24 @@ def wrapped(kind: str, machine: Machine) -> nn.Module:
     return fully_shard(machine, mesh=mesh)
 
 
-def main(kind: str, rank: str, file: str) -> None:
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
+def compare(kind: str, rank: int) -> None:
     alone, shared = Machine(), Machine()
     shared.load_state_dict(alone.state_dict())
     state, inputs = torch.randn(4, 8, dtype=torch.float64), torch.randn(4, 5, 8, dtype=torch.float64)
     backward(alone, state, inputs)
-    dist.init_process_group(  # a file, since a port that was free may be taken meanwhile
-        "gloo", init_method=f"file://{file}", rank=int(rank), world_size=PROCESSES, timeout=timedelta(seconds=60)
-    )
-    try:
-        shared_out = wrapped(kind, shared)
-        for _ in range(2):  # the second iteration is the one that a reducer in a wrong state fails
-            shared_out.zero_grad()
-            backward(shared_out, state.chunk(PROCESSES)[int(rank)], inputs.chunk(PROCESSES)[int(rank)])
-        for mine, expected in zip(shared_out.parameters(), alone.parameters(), strict=True):
-            grad = mine.grad.full_tensor() if isinstance(mine.grad, DTensor) else mine.grad
-            assert_close_fp64(grad, expected.grad)
-            assert expected.grad.any() and (kind == "ddp" or isinstance(mine.grad, DTensor))
-        dist.barrier()  # gloo may hang where the last reduction is still being put away at the end
-    finally:
-        dist.destroy_process_group()
+    shared_out = wrapped(kind, shared)
+    for _ in range(2):  # the second iteration is the one that a reducer in a wrong state fails
+        shared_out.zero_grad()
+        backward(shared_out, state.chunk(PROCESSES)[rank], inputs.chunk(PROCESSES)[rank])
+    for mine, expected in zip(shared_out.parameters(), alone.parameters(), strict=True):
+        grad = mine.grad.full_tensor() if isinstance(mine.grad, DTensor) else mine.grad
+        assert_close_fp64(grad, expected.grad)
+        assert expected.grad.any() and (kind == "ddp" or isinstance(mine.grad, DTensor))
+
+
+def main(kind: str) -> None:
+    with world() as rank:
+        compare(kind, rank)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -59,6 +60,7 @@ def world() -> Iterator[int]:
     )
     try:
         yield rank
-        dist.barrier()  # gloo may hang where the last reduction is still being put away at the end
+        dist.barrier()
     finally:
+        gc.collect()  # a DistributedDataParallel that outlives the group may hang: mirasol_model.train.processes
         dist.destroy_process_group()

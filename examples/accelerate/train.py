@@ -8,6 +8,7 @@ Every process takes its rows of each batch. The clips are noise: put your own `D
 from __future__ import annotations
 
 import argparse
+import gc
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -24,17 +25,7 @@ def clips(config: MirasolConfig, rows: int, snippets: int = 2) -> TensorDataset:
     return TensorDataset(video, audio, torch.randint(3, config.text.vocabulary, (rows, 16)))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="tiny")
-    parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--rows", type=int, default=4, help="clips of a batch, on all processes together")
-    parser.add_argument("--cpu", action="store_true")
-    parser.add_argument("--float64", action="store_true", help="to compare with one process to rounding")
-    options = parser.parse_args()
-
-    ddp = DistributedDataParallelKwargs(find_unused_parameters=True)  # a batch may lack a modality
-    accelerator = Accelerator(cpu=options.cpu, kwargs_handlers=[ddp])
+def train(accelerator: Accelerator, options: argparse.Namespace) -> None:
     torch.manual_seed(0)
     config = MirasolConfig.preset(options.preset)
     model, data = Mirasol(config), clips(config, options.rows * options.steps)
@@ -50,7 +41,25 @@ def main() -> None:
         accelerator.backward(loss)
         optimizer.step()
         accelerator.print(f"step {step} loss {accelerator.reduce(loss.detach(), 'mean').item()!r}")
-    accelerator.wait_for_everyone()  # gloo may hang where the last reduction is still being put away at the end
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="tiny")
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--rows", type=int, default=4, help="clips of a batch, on all processes together")
+    parser.add_argument("--cpu", action="store_true")
+    parser.add_argument("--float64", action="store_true", help="to compare with one process to rounding")
+    options = parser.parse_args()
+
+    ddp = DistributedDataParallelKwargs(find_unused_parameters=True)  # a batch may lack a modality
+    accelerator = Accelerator(cpu=options.cpu, kwargs_handlers=[ddp])
+    train(accelerator, options)
+    accelerator.wait_for_everyone()
+    # Before the group: DistributedDataParallel's reducer, where it is the last that holds the group, waits for gloo's
+    # threads and keeps the interpreter's lock, for which they may be waiting (pytorch/pytorch#56297).
+    accelerator.free_memory()
+    gc.collect()
     accelerator.end_training()
 
 

@@ -15,14 +15,19 @@ ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "examples" / "accelerate"
 
 
-def losses(*command: str) -> list[float]:
+def said(*command: str) -> list[str]:
+    """The lines that `python *command examples/accelerate/train.py` prints."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     script = [str(FOLDER / "train.py"), "--cpu", "--float64"]
     done = subprocess.run(
         [sys.executable, *command, *script], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    return [float(line.split()[-1]) for line in done.stdout.splitlines() if line.startswith("step")]
+    return done.stdout.splitlines()
+
+
+def losses(lines: list[str]) -> list[float]:
+    return [float(line.split()[-1]) for line in lines if line.startswith("step")]
 
 
 @pytest.mark.slow
@@ -38,6 +43,11 @@ def test_two_processes_train_as_one(kind: str, tmp_path: Path) -> None:
         text = text.replace(ours, here)
     (tmp_path / "two.yaml").write_text(text)
     launch = ["-m", "accelerate.commands.launch", "--config_file", str(tmp_path / "two.yaml")]
-    two, one = losses(*launch, "--main_process_port", "0"), losses()
+    launch += ["--main_process_port", "0"]
+    if kind == "fsdp2":
+        launch += [str(Path(__file__).with_name("sharded_on_cpu.py"))]
+    lines = said(*launch)
+    two, one = losses(lines), losses(said())
+    assert kind == "ddp" or lines.count("in shards: 8 modules and the whole") == 2
     assert len(one) == 3 and one[2] < one[0]
     assert all(abs(a - b) <= 1e-12 * b for a, b in zip(two, one, strict=True)), (two, one)

@@ -3,8 +3,6 @@ other processes."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,8 @@ from torch.utils import _pytree as pytree
 
 from mirasol_kernels._dispatch import use_backend, wanted_backend
 from mirasol_kernels.latent_recurrence import latent_recurrence, reference
+from tests import processes
+from tests.distributed_recurrence import PROCESSES
 from tests.numerics import assert_close_fp64
 from tests.ops.test_latent_recurrence import Carry, Cell, problem, run_and_differentiate
 
@@ -133,22 +133,4 @@ def test_step_compiled_to_machine_code(every: int) -> None:
 @pytest.mark.parametrize("kind", ["ddp", "fsdp", "fsdp_step"])
 def test_distributed(kind: str, tmp_path: Path) -> None:
     """Two processes with half the batch each have the gradients of one: DistributedDataParallel, `fully_shard`."""
-    if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
-        pytest.skip("this torch has no gloo")
-    command = [sys.executable, "-m", "tests.distributed_recurrence", kind]
-    workers = [
-        subprocess.Popen(
-            [*command, str(rank), str(tmp_path / "rendezvous")],
-            cwd=Path(__file__).parents[2],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        said = [worker.communicate(timeout=120)[0] for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-    assert [worker.returncode for worker in workers] == [0, 0], "\n".join(said)
+    processes.run("tests.distributed_recurrence", PROCESSES, tmp_path, kind)
