@@ -81,8 +81,9 @@ static void softmax_backward(int keys, const Span& s, const Rows& rows, float fa
     const Vec delta = load(rows.delta + lane), dlse = load(rows.dlse + lane);
     const auto weigh = [&](int key) {  // -> dS
       float *const p = b.p + key * TILE, *const ds = b.ds + key * TILE;
-      Vec x = exp_of_weight<PAIRS>(fma(load(p + lane), scale, -lse) - lse_low);
-      if (s.masked) x = keep(s.mask[v], x);
+      Vec weight[] = {fma(load(p + lane), scale, -lse) - lse_low};
+      exp_of_weights<PAIRS>(weight);
+      const Vec x = s.masked ? keep(s.mask[v], weight[0]) : weight[0];
       Vec dx = x * (load(ds + lane) - delta + dlse);
       if (s.masked) dx = keep(s.mask[v], dx);
       if constexpr (PAIRS) {  // the halves of a row of vectors take up the places of vectors that are done

@@ -52,22 +52,26 @@ static void weights(const Placed& x, int v, float factor, const Scores& scores, 
   const Bits mask = x.span.mask[v - x.span.first];
   float* s = scores.at(x.slot, v);
   Vec total{};
-  const auto weight = [&](int key, bool masked) {
-    Vec p = exp_of_weight<PAIRS>(fma(load(s + key * WIDTH), scale, -base));
-    if (masked) p = keep(mask, p);
-    total += p;
-    return p;
+  const auto some = [&](int key, auto n, bool masked) {
+    constexpr int N = n;
+    Vec p[N];
+#pragma GCC unroll 4
+    for (int i = 0; i < N; ++i) p[i] = fma(load(s + (key + i) * WIDTH), scale, -base);
+    exp_of_weights<PAIRS>(p);
+#pragma GCC unroll 4
+    for (int i = 0; i < N; ++i) total += p[i] = masked ? keep(mask, p[i]) : p[i];
+    if constexpr (PAIRS) {
+      store(s + key / 2 * WIDTH, pair(p[0], N == 2 ? p[N - 1] : Vec{}));
+    } else {
+#pragma GCC unroll 4
+      for (int i = 0; i < N; ++i) store(s + (key + i) * WIDTH, p[i]);
+    }
   };
   const auto all = [&](bool masked) {
-    for (int key = 0; key < x.piece.keys; PAIRS ? key += 2 : ++key) {
-      const Vec first = weight(key, masked);
-      if constexpr (PAIRS) {
-        const Vec second = key + 1 < x.piece.keys ? weight(key + 1, masked) : Vec{};
-        store(s + key / 2 * WIDTH, pair(first, second));
-      } else {
-        store(s + key * WIDTH, first);
-      }
-    }
+    constexpr std::integral_constant<int, PAIRS ? 2 : 4> MANY;
+    int key = 0;
+    for (; key + MANY <= x.piece.keys; key += MANY) some(key, MANY, masked);
+    for (; key < x.piece.keys; ++key) some(key, std::integral_constant<int, 1>{}, masked);
   };
   x.span.masked ? all(true) : all(false);
   store(run.total + v * WIDTH, load(run.total + v * WIDTH) + total);

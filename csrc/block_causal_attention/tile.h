@@ -234,10 +234,11 @@ static inline void gather(int keys, const Span& s, const Scores& p, const Factor
                .c_n = WIDTH, .c_v = WIDTH * dim, .add = true, .mask = s.masked ? s.mask : nullptr});
 }
 
-// e^x of a weight on its way to a product.
-template <bool PAIRS>
-static inline Vec exp_of_weight(Vec x) {
-  return PAIRS ? exp_for_bfloat16(x) : exp(x);
+// e^x of weights on their way to a product.
+template <bool PAIRS, int N>
+static inline void exp_of_weights(Vec (&x)[N]) {
+  if constexpr (!PAIRS) exp(x);
+  else for (Vec& each : x) each = exp_for_bfloat16(each);
 }
 
 // Kernels are written once and compiled for each dtype: call(T{}, pairs).

@@ -38,10 +38,10 @@ struct Product {
   float* c;
   int64_t c_n, c_v;
   bool add = false;            // C += B A, else C = B A
-  const Bits* mask = nullptr;  // one per vector, or none: a lane that is off gets nothing, not even 0 * NaN
+  const Bits* mask = nullptr;  // one per vector, or none: C of a lane that is off gets nothing, not even 0 * NaN
   float* top = nullptr;        // (m), or none: becomes the largest of itself and its column of C, NaN passed over,
   const Bits* on = nullptr;    // in lanes that are on (one per vector, or none: in all)
-  Ahead* ahead = nullptr;      // or none; of pairs without masks only
+  Ahead* ahead = nullptr;      // or none; of pairs only
 };
 
 template <bool PAIRS>
@@ -56,7 +56,7 @@ static inline int64_t terms_of_blocks(int64_t vectors, int64_t n, int64_t k) {
 }
 
 // N rows of V vectors of C in registers.
-template <bool PAIRS, int V, int N, bool MASKED, bool AHEAD>
+template <bool PAIRS, int V, int N, bool AHEAD>
 static inline void gemm_block(Product p) {
   Vec sum[N][V] = {};
   Ahead ahead = AHEAD ? *p.ahead : Ahead{};
@@ -67,10 +67,16 @@ static inline void gemm_block(Product p) {
       const Vec factor = broadcast(p.b[n * p.b_n]);
 #pragma GCC unroll 8
       for (int v = 0; v < V; ++v)
-        sum[n][v] = step<PAIRS>(load(p.a + v * p.a_v), MASKED ? keep(p.mask[v], factor) : factor, sum[n][v]);
+        sum[n][v] = step<PAIRS>(load(p.a + v * p.a_v), factor, sum[n][v]);
     }
   }
   if constexpr (AHEAD) p.ahead->next = ahead.next;
+  if (p.mask) {
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n)
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) sum[n][v] = keep(p.mask[v], sum[n][v]);
+  }
 #pragma GCC unroll 8
   for (int n = 0; n < N; ++n)
 #pragma GCC unroll 8
@@ -91,19 +97,19 @@ static inline void gemm_block(Product p) {
 }
 
 // The rows left over after whole blocks, in one block of their number, at most N.
-template <bool PAIRS, int V, int N, bool MASKED, bool AHEAD>
+template <bool PAIRS, int V, int N, bool AHEAD>
 static inline void gemm_rest(const Product& p) {
   if constexpr (N > 0) {
-    if (p.n == N) return gemm_block<PAIRS, V, N, MASKED, AHEAD>(p);
-    gemm_rest<PAIRS, V, N - 1, MASKED, AHEAD>(p);
+    if (p.n == N) return gemm_block<PAIRS, V, N, AHEAD>(p);
+    gemm_rest<PAIRS, V, N - 1, AHEAD>(p);
   }
 }
 
-template <bool PAIRS, int V, bool MASKED, bool AHEAD>
+template <bool PAIRS, int V, bool AHEAD>
 static void gemm_rows(Product p) {
-  constexpr int N = MASKED ? 2 : BLOCK[V];  // masked products are few: small code rather than the best
-  for (; p.n >= N; p.n -= N, p.b += N * p.b_n, p.c += N * p.c_n) gemm_block<PAIRS, V, N, MASKED, AHEAD>(p);
-  gemm_rest<PAIRS, V, N - 1, MASKED, AHEAD>(p);
+  constexpr int N = BLOCK[V];
+  for (; p.n >= N; p.n -= N, p.b += N * p.b_n, p.c += N * p.c_n) gemm_block<PAIRS, V, N, AHEAD>(p);
+  gemm_rest<PAIRS, V, N - 1, AHEAD>(p);
 }
 
 template <bool PAIRS, int V>
@@ -111,8 +117,8 @@ static void gemm_width(const Product& p) {
   if constexpr (V > 0) {
     if (p.vectors != V) return gemm_width<PAIRS, V - 1>(p);
     if constexpr (PAIRS)
-      if (p.ahead) return gemm_rows<PAIRS, V, false, true>(p);
-    p.mask ? gemm_rows<PAIRS, V, true, false>(p) : gemm_rows<PAIRS, V, false, false>(p);
+      if (p.ahead) return gemm_rows<PAIRS, V, true>(p);
+    gemm_rows<PAIRS, V, false>(p);
   }
 }
 

@@ -110,18 +110,29 @@ static inline Bits lanes_between(int first, int last) {
 
 // e^x within 1.1 ulp for x <= 88.3, which is not checked; 0 below -87.3 (the result would be subnormal), NaN for NaN.
 // x = n ln 2 + r with |r| <= ln(2) / 2; e^r by a polynomial fitted for the least relative error, 4e-9 before rounding.
-static inline Vec exp(Vec x) {
+// Several vectors side by side, a step at a time: their chains overlap without the processor looking far ahead.
+template <int N>
+static inline void exp(Vec (&x)[N]) {
   const Vec magic = broadcast(12582912.0f);  // 1.5 * 2^23: a sum with it keeps n, rounded, in its lowest bits
-  const Vec shifted = fma(x, broadcast(1.44269504f), magic), n = shifted - magic;
-  Vec r = fma(n, broadcast(-0.693359375f), x);  // nine bits of ln 2: exact also without a fused multiply-add
-  r = fma(n, broadcast(2.12194440e-4f), r);
-  Vec p = fma(r, broadcast(0.00138145394f), broadcast(0.00836874545f));
-  p = fma(p, r, broadcast(0.0416683890f));
-  p = fma(p, r, broadcast(0.166665211f));
-  p = fma(p, r, broadcast(0.499999940f));
-  p = fma(p, r * r, r) + 1.0f;
-  const Words power = ((Words)shifted << 23) + 0x3f800000u;
-  return select(x < -87.336544f, Vec{}, p * (Vec)power);
+  Vec shifted[N], r[N], p[N];
+#define MIRASOL_EACH _Pragma("GCC unroll 8") for (int i = 0; i < N; ++i)
+  MIRASOL_EACH shifted[i] = fma(x[i], broadcast(1.44269504f), magic);
+  MIRASOL_EACH p[i] = shifted[i] - magic;
+  MIRASOL_EACH r[i] = fma(p[i], broadcast(-0.693359375f), x[i]);  // nine bits of ln 2: exact, fused or not
+  MIRASOL_EACH r[i] = fma(p[i], broadcast(2.12194440e-4f), r[i]);
+  MIRASOL_EACH p[i] = fma(r[i], broadcast(0.00138145394f), broadcast(0.00836874545f));
+  MIRASOL_EACH p[i] = fma(p[i], r[i], broadcast(0.0416683890f));
+  MIRASOL_EACH p[i] = fma(p[i], r[i], broadcast(0.166665211f));
+  MIRASOL_EACH p[i] = fma(p[i], r[i], broadcast(0.499999940f));
+  MIRASOL_EACH p[i] = fma(p[i], r[i] * r[i], r[i]) + 1.0f;
+  MIRASOL_EACH p[i] = p[i] * (Vec)(((Words)shifted[i] << 23) + 0x3f800000u);
+  MIRASOL_EACH x[i] = select(x[i] < -87.336544f, Vec{}, p[i]);
+#undef MIRASOL_EACH
+}
+static inline Vec exp(Vec x) {
+  Vec one[] = {x};
+  exp(one);
+  return one[0];
 }
 
 // 1 / x within 1 ulp, where 1 / x is no subnormal; such a result may be 0.
