@@ -58,7 +58,7 @@ double multiply_adds(const Shape& s) {  // at most: as if every row saw every ke
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& q_offsets,
                                            const Tensor& k_ranges, double scale) {
   Forward f = forward_of(q, k, v, q_offsets, k_ranges, scale);
-  f.shape.pairs = pairs_pay(f.shape);
+  f.shape.pairs = pairs_pay(f.shape), f.shape.threads = torch::stable::get_num_threads();
   const Shape& s = f.shape;
   Tensor out = empty(s.batch, s.q_heads, s.q_len, s.value_dim, rows_before_heads(q), torch_dtype(q));
   Tensor lse = empty_rows(s), lse_low = empty_rows(s);

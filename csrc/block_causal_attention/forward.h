@@ -2,6 +2,7 @@
 // Forward: one item is a few tiles of query rows that share a kv head, walked together over the keys they see, a block
 // of keys at a time, with an online softmax: each block is brought to the cache, and made floats if it must, once for
 // all of them.
+#include <algorithm>
 #include <utility>
 #include "block_causal_attention/decode.h"
 
@@ -185,10 +186,13 @@ static void forward_item(const Forward& f, int64_t item, int64_t split, int64_t 
   }
   const Tile& any = work[0].tile;
   for (;;) {
-    int64_t key = to, end = from;
-    for (int i = 0; i < count; ++i) upcoming(work[i].sweep, to, keys, &key, &end);
+    int64_t key = to;
+    for (int i = 0; i < count; ++i) key = std::min(key, upcoming(work[i].sweep, to));
     if (key >= to) break;
-    if (end > key + keys) end = key + keys;
+    // Blocks end at multiples of their length, so that it is the same for a tile which others share them.
+    const int64_t edge = std::min(to, (key / keys + 1) * keys);
+    int64_t end = key;
+    for (int i = 0; i < count; ++i) end = seen_until(work[i].sweep, edge, end);
     Block<PAIRS, T> block{shape, at<const T>(f.k, any.batch, any.kv_head, key),
                           at<const T>(f.v, any.batch, any.kv_head, key), f.k.row, f.v.row, key, end,
                           k_space, v_space, piece_space};

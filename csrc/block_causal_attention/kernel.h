@@ -24,6 +24,7 @@ struct Shape {
   Dtype dtype = Dtype::float32;  // of q, k, v, out and their gradients
   // bfloat16 products two terms at a time: what chips with VDPBF16PS are for, elsewhere slower.  For even dims only.
   bool pairs = false;
+  int64_t threads = 16;  // that will share the items of forward: says how many tiles make one, and changes no result
 };
 
 inline bool pairs_pay(const Shape& s) {

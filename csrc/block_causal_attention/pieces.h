@@ -76,19 +76,27 @@ static bool next(Pieces& p, int limit, Piece& piece) {
   return true;
 }
 
-// Where nothing is pending: `first` falls to the next key before `end` that is seen, and `last` rises to behind the
-// keys that are seen without a gap from there on, as far as that is within `limit` keys.
-static void upcoming(Pieces& p, int64_t end, int64_t limit, int64_t* first, int64_t* last) {
+// Where nothing is pending: the next key that is seen, or `end` if there is none before.
+static int64_t upcoming(Pieces& p, int64_t end) {
+  int64_t first = end;
   for (int g = 0; g < p.groups; ++g) {
     const int32_t*& range = p.range[g];
     while (range != p.range_end[g] && range[1] <= p.bound) range += 2;
     if (range == p.range_end[g]) continue;
-    const int64_t key = range[0] > p.bound ? range[0] : p.bound, stop = range[1] < end ? range[1] : end;
-    if (key >= stop) continue;
-    if (key < *first) *first = key;
-    const int64_t reach = stop < key + limit ? stop : key + limit;
-    if (reach > *last) *last = reach;
+    const int64_t key = range[0] > p.bound ? range[0] : p.bound;
+    if (key < range[1] && key < first) first = key;
   }
+  return first;
+}
+
+// Behind the last key that is seen before `end`, or `last` if that is more.
+static int64_t seen_until(const Pieces& p, int64_t end, int64_t last) {
+  for (int g = 0; g < p.groups; ++g)
+    for (const int32_t* range = p.range[g]; range != p.range_end[g] && range[0] < end; range += 2) {
+      const int64_t stop = range[1] < end ? range[1] : end;
+      if (stop > last) last = stop;
+    }
+  return last;
 }
 
 }  // namespace mirasol::MIRASOL_ISA

@@ -256,6 +256,7 @@ inline vector<Problem> problems() {
        Tensor::plain, 60},
       {"many keys", {1, 2, 1, 150, 1300, 16, 16, scale(16)}, {block_causal(150, 1300, 15, 130, 99)}, Tensor::padded},
       {"many items", {4, 4, 4, 70, 1100, 8, 16, scale(8)}, {block_causal(70, 1100, 14, 220, 4)}, Tensor::rows_first},
+      {"tiles together", {1, 8, 1, 260, 700, 16, 24, scale(16)}, {random_sees(260, 700)}, Tensor::rows_first},
       {"causal text", {1, 2, 1, 130, 130, 48, 48, scale(48)}, {block_causal(130, 130, 1, 1, 999)}},
       {"largest dims", {1, 1, 1, 70, 70, 256, 256, scale(256)}, {block_causal(70, 70, 7, 7, 99)}},
       {"large logits", {1, 2, 1, 90, 90, 64, 64, scale(64)}, {block_causal(90, 90, 9, 9, 99)}, Tensor::plain, 60},

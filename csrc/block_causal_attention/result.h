@@ -11,10 +11,10 @@ using attention::SPLIT_KEYS;
 
 constexpr int TOGETHER = 4;  // tiles of an item, at most
 
-// As many tiles as half a second-level cache holds with what they sum, but items enough for many threads.
+// As many tiles as half a second-level cache holds with what they sum, but items enough for all threads.
 static int tiles_of_item(const Shape& shape) {
   const int64_t fit = (256 << 10) / ((shape.dim + shape.value_dim) * TILE * int64_t(sizeof(float)));
-  const int64_t share = attention_tiles(shape) / (2 * PARALLEL), most = fit < TOGETHER ? fit : TOGETHER;
+  const int64_t share = attention_tiles(shape) / (8 * shape.threads), most = fit < TOGETHER ? fit : TOGETHER;
   return share <= 1 || most <= 1 ? 1 : int(share < most ? share : most);
 }
 

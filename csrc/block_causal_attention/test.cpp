@@ -55,9 +55,10 @@ struct Call {
 
 Results on_cpu(const Problem& p, const Tables& t, Inputs& in, int threads) {
   Results r = empty_results(p);
-  const Shape& s = p.shape;
   Call call(p, t, in, r);
-  const Forward f = call.forward();
+  Forward f = call.forward();
+  f.shape.threads = threads;
+  const Shape& s = f.shape;
   const int64_t items = MIRASOL_CALL(attention_tiles, s), splits = MIRASOL_CALL(attention_splits, s);
   run(threads, MIRASOL_CALL(attention_forward_items, s), MIRASOL_CALL(attention_workspace, s),
       [&](float* space, int64_t begin, int64_t end) { MIRASOL_CALL(attention_forward, f, space, begin, end); });
