@@ -12,7 +12,6 @@ namespace mirasol::MIRASOL_ISA {
 using token_learner::Backward;
 
 constexpr int64_t ITEM_TOKENS = 512;  // a share of the weights' gradients costs as much as they are themselves
-constexpr int64_t REST_CHANNELS = 64;
 
 struct Cut {
   int64_t rows, parts;  // of the batch in an item; items for a row
@@ -63,6 +62,8 @@ struct BackwardSpace {
                                    // dz inverse, weights
   float* both_rows;                // (c / WIDTH, h + k, WIDTH), for that sum: w1 norm_weight, dpooled
   float *base, *share, *dsum;      // (k): what is taken from logits; 1 / sum, or 1; gradient of sum
+  float *level;                    // (rows): of floats, means of tokens over channels, which x is without,
+  float *pooled_level, *rise;      // (k): of what is pooled, or 0; how much of dpooled means bring, its sum
   float* shift;                    // (h): of pairs, what means of tokens brought into the sum w1
   float* sums;                     // token_learner_totals
 };
@@ -81,6 +82,7 @@ static BackwardSpace backward_space(const Call& call, float* at, int64_t* floats
   s.dpooled_terms = space.take(size.k * call.c);
   s.both = space.take(size.rows * (size.h + size.k)), s.both_rows = space.take(size.c * (call.h + call.k + 2));
   s.base = space.take(size.k), s.share = space.take(size.k), s.dsum = space.take(size.k);
+  s.level = space.take(size.rows), s.pooled_level = space.take(size.k), s.rise = space.take(size.k);
   s.shift = space.take(size.h);
   s.sums = space.take(token_learner_totals(call));
   if (floats) *floats = space.next - at;
@@ -97,10 +99,14 @@ template <bool PAIRS>
 static inline int64_t terms_of_both(const Call& call) { return terms<PAIRS>(call.h) + terms<PAIRS>(call.k); }
 
 // Rows k .. k + WIDTH of what a row of the batch brings: of the gradient of what it pools, both ways round, and for
-// finished tokens dpooled . pooled in the diagonal of ds, and what is missing from it, negated, in dsum.
-static void bring_floats(const Backward& g, int64_t first, int64_t k, int rows, const BackwardSpace& s) {
+// finished tokens dpooled . pooled in the diagonal of ds, and what is missing from it, negated, in dsum.  Tokens and
+// what is pooled are taken without their means over channels, of which only the difference counts: far from 0 two large
+// products would leave their roundings.
+static void bring_floats(const Backward& g, const Sizes& size, int64_t first, int64_t k, int rows,
+                         const BackwardSpace& s) {
   const Call& call = g.call;
   float* const panels = s.both_rows + call.h * WIDTH;
+  Vec total[WIDTH] = {};
   for (int64_t c = 0; c < call.c; c += WIDTH) {
     const int n = least(WIDTH, call.c - c);
     for (int i = 0; i < rows; ++i) {  // too many streams for the chip to foresee
@@ -109,17 +115,20 @@ static void bring_floats(const Backward& g, int64_t first, int64_t k, int rows, 
       if (call.divide) __builtin_prefetch(g.pooled + ahead);
     }
     Vec x[WIDTH] = {};
-    for (int i = 0; i < rows; ++i) x[i] = load_part(g.dpooled + (first + i) * call.c + c, n);
+    for (int i = 0; i < rows; ++i) x[i] = load_part(g.dpooled + (first + i) * call.c + c, n), total[i] += x[i];
     store_terms<false>(x, rows, panels + c * terms_of_both<false>(call) + k * WIDTH);
     transpose(x);
     store_terms<false>(x, n, s.dpooled_terms + k * call.c + c * WIDTH);
   }
-  store(s.dsum + k, Vec{});
-  if (call.divide)
-    product_of_channels(
-        call, rows,
-        [&](int r, int64_t c) { return load_part(g.pooled + (first + r) * call.c + c, least(WIDTH, call.c - c)); },
-        s.tokens.block, s.dpooled_terms + k * call.c, WIDTH, s.ds);
+  store(s.dsum + k, Vec{}), store(s.rise + k, sums(total)), store(s.pooled_level + k, Vec{});
+  if (!call.divide) return;
+  const auto pooled = [&](int r, int64_t c) {
+    return load_part(g.pooled + (first + r) * call.c + c, least(WIDTH, call.c - c));
+  };
+  for (int r = 0; r < rows; ++r)
+    s.pooled_level[k + r] = mean_of(call, size, [&](int64_t c, Vec sum) { return sum + pooled(r, c); });
+  product_of_channels(call, rows, [&](int r, int64_t c) { return pooled(r, c) - s.pooled_level[k + r]; },
+                      s.tokens.block, s.dpooled_terms + k * call.c, WIDTH, s.ds);
 }
 
 // The same.  Rows become bfloat16 one after the other, as memory has them, where no tile is yet.  Tokens are exact and
@@ -177,22 +186,25 @@ static void bring(const Backward& g, const Sizes& size, int64_t batch, const Bac
       s.share[k + i] = i >= rows ? 0 : !call.divide || g.sum[first + i] == 0 ? 1 : 1 / g.sum[first + i];
     }
     if constexpr (PAIRS) bring_pairs(g, size, first, k, rows, s);
-    else bring_floats(g, first, k, rows, s);
+    else bring_floats(g, size, first, k, rows, s);
     for (int i = 0; i < rows; ++i)
       s.dsum[k + i] = call.divide ? s.dsum[k + i] - s.ds[i * WIDTH + i] : g.dsum[first + i];
   }
 }
 
-// Logits become weights, and ds, so far x . dpooled, becomes the gradient of the logits.
+// Logits become weights, and ds, so far x . dpooled, of floats without means, becomes the gradient of the logits.
 template <bool PAIRS>
 static void softmax_backward(const Sizes& size, const Prepared& p, int rows, const BackwardSpace& s, float* db2) {
   for (int64_t k = 0; k < size.k; k += WIDTH) {
     const Vec bias = load(p.b2 + k), base = load(s.base + k), share = load(s.share + k), dsum = load(s.dsum + k);
+    const Vec level = load(s.pooled_level + k), rise = load(s.rise + k);  // of floats
     Vec total{};
     for (int r = 0; r < rows; ++r) {
       const int64_t at = r * size.k + k;
       const Vec weight = exp_of<PAIRS>(load(s.weights + at) + bias - base) * share;
-      const Vec ds = weight * (dsum + load(s.ds + at));
+      Vec along = load(s.ds + at);
+      if constexpr (!PAIRS) along = fma(s.level[r] - level, rise, along);
+      const Vec ds = weight * (dsum + along);
       store(s.weights + at, weight), store_factor<PAIRS>(s.ds + r * size.k, k, ds);
       total += ds;
     }
@@ -291,7 +303,7 @@ static void backward_tile(const Backward& g, const Sizes& size, const Prepared& 
   T* const to = static_cast<T*>(g.dsources[tile.source]) +
                 (tile.batch * call.sources[tile.source].tokens + tile.token) * call.c;
   if (rows) {
-    const Raw raw = fetch<T, PAIRS>(call, tile, size, s.tokens);
+    const Raw raw = fetch<T, PAIRS>(call, tile, size, s.tokens, s.level);
     Ahead next = next_tile<PAIRS>(call, tile, terms_of_blocks(size.h / WIDTH, rows, call.c / 2) +
                                                   terms_of_blocks(size.c / WIDTH, call.h, terms<PAIRS>(rows)));
     Ahead* const ahead = next.step ? &next : nullptr;  // its first part now, the rest during the last product
@@ -368,74 +380,6 @@ void token_learner_backward(const Backward& g, float* workspace, int64_t begin, 
   const BackwardSpace space = backward_space(g.call, workspace);
   for_dtype(g.call, [&](auto type, auto pairs) {
     for (int64_t item = begin; item < end; ++item) backward_item<decltype(type), pairs>(g, item, space);
-  });
-}
-
-static int64_t channel_items(const Call& call) { return (call.c + REST_CHANNELS - 1) / REST_CHANNELS; }
-
-int64_t token_learner_backward_rest_items(const Call& call) {
-  return channel_items(call) + tiles_of(call, Sizes(call));
-}
-
-// Of w1 and the norm, for some channels; with the first ones also what has no channels.
-template <class T>
-static void backward_weights(const Backward& g, int64_t begin, int64_t end) {
-  const Call& call = g.call;
-  const Sizes size(call);
-  const Sums total = sums(call, g.totals);
-  const auto in = [](const void* x) { return static_cast<const T*>(x); };
-  T* const* const out = reinterpret_cast<T* const*>(g.dweights);
-  for (int64_t c = begin; c < end; c += WIDTH) {
-    const int n = least(WIDTH, call.c - c);
-    const Vec weight = load_part(in(call.weights.norm_weight) + c, n);
-    const Vec bias = load_part(in(call.weights.norm_bias) + c, n);
-    Vec dweight{}, dbias{};
-    for (int64_t h = 0; h < call.h; ++h) {
-      const Vec w1 = load_part(in(call.weights.w1) + h * call.c + c, n), sum = load(total.w1 + h * size.row + c);
-      const Vec db1 = broadcast(total.b1[h]);
-      dweight = fma(w1, sum, dweight), dbias = fma(w1, db1, dbias);
-      store_part(out[2] + h * call.c + c, fma(sum, weight, db1 * bias), n);
-    }
-    store_part(out[0] + c, dweight, n), store_part(out[1] + c, dbias, n);
-  }
-  if (begin) return;
-  const auto copy = [](const float* from, int64_t count, T* to) {
-    for (int64_t i = 0; i < count; i += WIDTH) store_part(to + i, load(from + i), least(WIDTH, count - i));
-  };
-  for (int64_t k = 0; k < call.k; ++k) copy(total.w2 + k * size.h, call.h, out[4] + k * call.h);
-  copy(total.b1, call.h, out[3]);
-  if (call.divide)  // finished tokens do not depend on b2: it is the same for all tokens of a softmax
-    for (int64_t k = 0; k < call.k; k += WIDTH) store_part(out[5] + k, Vec{}, least(WIDTH, call.k - k));
-  else copy(total.b2, call.k, out[5]);
-}
-
-// Of the table of a tile of tokens: the sum over the batch.
-template <class T>
-static void backward_table(const Backward& g, const Tile& tile) {
-  const Call& call = g.call;
-  T* const to = static_cast<T*>(g.dtables[tile.source]);
-  if (!to) return;
-  const T* const from = static_cast<const T*>(g.dsources[tile.source]);
-  const int64_t n = call.sources[tile.source].tokens * call.c;
-  for (int64_t at = tile.token * call.c, end = at + tile.rows * call.c; at < end; at += WIDTH) {
-    Vec total{};
-    for (int64_t b = 0; b < call.batch; ++b) total += load_part(from + b * n + at, least(WIDTH, end - at));
-    store_part(to + at, total, least(WIDTH, end - at));
-  }
-}
-
-void token_learner_backward_rest(const Backward& g, int64_t begin, int64_t end) {
-  Call call = g.call;
-  call.valid = nullptr;  // tiles of tables: all tokens
-  const Sizes size(call);
-  for_dtype(call, [&](auto type, auto) {
-    using T = decltype(type);
-    const int64_t weights = channel_items(call);
-    int64_t item = begin;
-    for (; item < end && item < weights; ++item)
-      backward_weights<T>(g, item * REST_CHANNELS, least((item + 1) * REST_CHANNELS, call.c));
-    if (item < end)
-      for_tiles(call, size, 0, item - weights, end - weights, [&](const Tile& tile) { backward_table<T>(g, tile); });
   });
 }
 

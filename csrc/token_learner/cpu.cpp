@@ -1,2 +1,2 @@
 #include "token_learner/forward.h"
-#include "token_learner/backward.h"
+#include "token_learner/backward_rest.h"

@@ -9,7 +9,7 @@
 namespace mirasol::MIRASOL_ISA {
 
 struct Tokens {  // of a tile
-  float* x;                 // (rows, row), zeros from c to the next whole vector; or (rows / 2, row) pairs of tokens
+  float* x;                 // (rows, row), whole vectors of c; or (rows / 2, row) pairs of tokens
   float *mean, *inverse;    // (rows): (x - mean) inverse is normalised
   float* block;             // (rows, BLOCK_ROW): of some channels, as a product wants them
 };
@@ -19,29 +19,32 @@ static Tokens tokens(const Sizes& size, Space& space) {
           space.take(size.rows * BLOCK_ROW)};
 }
 
-// Two rows of a tile at a time: while the sum of one is on its way, the other has work to do.
+// The mean over channels of what add(c, Vec{}) gives; add(c, sum) adds it to a sum.
+template <class Add>
+static inline float mean_of(const Call& call, const Sizes& size, Add add) {
+  constexpr int SUMS = 4;  // at a time: one alone would wait for each addition
+  const int64_t whole = size.c - WIDTH;
+  Vec sums[SUMS] = {};
+  int64_t c = 0;
+  for (; c + (SUMS - 1) * WIDTH < whole; c += SUMS * WIDTH)
+#pragma GCC unroll 4
+    for (int i = 0; i < SUMS; ++i) sums[i] = add(c + i * WIDTH, sums[i]);
+  for (; c < whole; c += WIDTH) sums[0] = add(c, sums[0]);
+  sums[1] += keep(lanes_between(0, int(call.c - whole)), add(whole, Vec{}));
+  return sum((sums[0] + sums[1]) + (sums[2] + sums[3])) / float(call.c);
+}
+
+// Two rows of a tile at a time: while the sum of one is on its way, the other has work to do.  With `level` (rows)
+// their means go there, and are taken away from the tile: `mean` is 0.
 template <class T>
-static void fetch_floats(const Call& call, const Tile& tile, const Sizes& size, const Tokens& to) {
+static void fetch_floats(const Call& call, const Tile& tile, const Sizes& size, const Tokens& to,
+                         float* level = nullptr) {
   const Source& source = call.sources[tile.source];
   const T* const x = static_cast<const T*>(source.data) + tile.batch * source.batch + tile.token * source.row;
   const T* const table = source.table ? static_cast<const T*>(source.table) + tile.token * call.c : nullptr;
-  const Bits last = lanes_between(0, int(call.c - size.c + WIDTH));  // of the last vector
-  const int64_t whole = size.c - WIDTH;
-  constexpr int SUMS = 4;  // at a time: one alone would wait for each addition
-  // The mean over channels of what add(c, Vec{}) gives; add(c, sum) adds it to a sum.
-  const auto average = [&](auto add) {
-    Vec sums[SUMS] = {};
-    int64_t c = 0;
-    for (; c + (SUMS - 1) * WIDTH < whole; c += SUMS * WIDTH)
-#pragma GCC unroll 4
-      for (int i = 0; i < SUMS; ++i) sums[i] = add(c + i * WIDTH, sums[i]);
-    for (; c < whole; c += WIDTH) sums[0] = add(c, sums[0]);
-    sums[1] += keep(last, add(whole, Vec{}));
-    return sum((sums[0] + sums[1]) + (sums[2] + sums[3])) / float(call.c);
-  };
   const auto mean = [&](int r) {
     float* const row = to.x + r * size.row;
-    to.mean[r] = average([&](int64_t c, Vec sum) {
+    to.mean[r] = mean_of(call, size, [&](int64_t c, Vec sum) {
       const int n = least(WIDTH, call.c - c);
       Vec value = load_part(x + r * source.row + c, n);
       if (table) value += load_part(table + r * call.c + c, n);
@@ -50,12 +53,14 @@ static void fetch_floats(const Call& call, const Tile& tile, const Sizes& size, 
     });
   };
   const auto inverse = [&](int r) {
-    const float *const row = to.x + r * size.row, mean = to.mean[r];
-    const float variance = average([&](int64_t c, Vec sum) {
+    float *const row = to.x + r * size.row, mean = to.mean[r];
+    const float variance = mean_of(call, size, [&](int64_t c, Vec sum) {
       const Vec centred = load(row + c) - mean;
+      if (level) store(row + c, centred);
       return fma(centred, centred, sum);
     });
     to.inverse[r] = 1 / __builtin_sqrtf(variance + call.eps);
+    if (level) level[r] = mean, to.mean[r] = 0;
   };
   for (int r = 0; r < tile.real; r += 2) {
     const bool both = r + 1 < tile.real;
@@ -157,9 +162,10 @@ static inline Ahead next_tile(const Call& call, const Tile& tile, int64_t terms)
 }
 
 template <class T, bool PAIRS>
-static inline Raw fetch(const Call& call, const Tile& tile, const Sizes& size, const Tokens& to) {
+static inline Raw fetch(const Call& call, const Tile& tile, const Sizes& size, const Tokens& to,
+                        float* level = nullptr) {
   if constexpr (PAIRS) return fetch_pairs(call, tile, size, to);
-  fetch_floats<T>(call, tile, size, to);
+  fetch_floats<T>(call, tile, size, to, level);
   return {};
 }
 
