@@ -11,7 +11,7 @@ from torch import Tensor
 from mirasol_kernels import explain, use_backend
 from mirasol_kernels._check import evaluate, peak
 from mirasol_kernels.latent_recurrence import TokenTuringParameters, reference, token_turing_recurrence
-from mirasol_kernels.latent_recurrence.cases import Problem, problem_case
+from mirasol_kernels.latent_recurrence.cases import Problem, problem_case, shuffled
 from mirasol_kernels.latent_recurrence.op import OP
 from tests.numerics import assert_within_budget
 
@@ -46,12 +46,13 @@ def together(results: dict[str, Tensor]) -> dict[str, Tensor]:
 @given(problems(), st.integers(0, 9999))
 def test_drawn(problem: Problem, seed: int) -> None:
     """Last memory, outputs and every gradient.  What float32 cannot avoid varies by more than two from one order of
-    summation to another, steps and norms amplifying it: of four the worst is taken."""
+    summation to another, steps and norms amplifying it: of twelve the worst is taken."""
     case = problem_case(str(seed), problem)
     actual, exact = evaluate(case, "native"), together(evaluate(case, "reference", torch.float64))
     assert not actual["dread.mlp.out.bias"].any() and not actual["dwrite.mlp.out.bias"].any()  # see op.Steps.backward
     actual = together(actual)
-    lows = [together(evaluate(case._replace(call=order), "reference")) for order in case.orders]
+    orders = (shuffled(case.call, problem.c, order) for order in range(12))
+    lows = [together(evaluate(case._replace(call=order), "reference")) for order in orders]
     for name in exact:
         worst = max((low[name] for low in lows), key=lambda low: peak(low - exact[name]))
         assert_within_budget(actual[name], worst, exact[name], what=name)
