@@ -41,9 +41,8 @@ def targets(gpu: bool) -> Iterator[tuple[int, bool, str, Target]]:
 def concerned(report: Row) -> bool:
     """Whether there are targets for such a sweep."""
     what = ("base", "bfloat16") if report["machine"].get("gpu") else ("small", "float32")
-    return (report["preset"], report.get("dtype", "float32")) == what and all(
-        row.get("snippet", 8) == 8 for row in report["rows"]
-    )
+    sizes = {(row["frames"], row.get("snippet", 8)) for row in report["rows"]}
+    return (report["preset"], report.get("dtype", "float32")) == what and bool(sizes & {(16, 8), (512, 8)})
 
 
 def verdict(rows: Sequence[Row], target: Target) -> tuple[list[str], str]:

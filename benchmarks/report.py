@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks import harness, tables
+from benchmarks import harness, headline, tables
 from benchmarks.cases import DIRECTIONS, NAMES
 from benchmarks.report_model import headline_table, parts_tables, sweep_table
 from benchmarks.results import FOLDER, Group, Report, groups
@@ -227,9 +227,9 @@ def sweep_section(found: Sequence[Group]) -> Lines:
 
 def headline_section(found: Sequence[Group]) -> Lines:
     """Of the machine whose sweeps are the newest."""
-    newest_one = newest(found, "sweep", "small", "float32")
-    mine = [group for group in found if group.kind == "sweep" and group.machine == newest_one.machine]
-    return headline_table(mine)
+    sweeps = [group for group in found if group.kind == "sweep" and headline.concerned(group.report)]
+    machine = newest(sweeps, "sweep", "small", "float32").machine
+    return headline_table([group for group in sweeps if group.machine == machine])
 
 
 def parts_section(found: Sequence[Group]) -> Lines:

@@ -54,7 +54,8 @@ def kinds(what: str, stage: str, report: Report) -> Iterator[tuple[str, str, str
     elif "train" in report:
         task = "training step" if report["train"] else "forward pass"
         snippet = next((row["snippet"] for row in report["rows"] if "snippet" in row), 8)
-        name = f"{report['preset']}, {task}, snippets of {snippet}, {' and '.join(report['combiners'])}"
+        size = ", long clips" if all(row["frames"] > 512 for row in report["rows"]) else ""  # another question
+        name = f"{report['preset']}{size}, {task}, snippets of {snippet}, {' and '.join(report['combiners'])}"
         yield "sweep", name, report.get("dtype", "float32"), report
     elif isinstance(report.get("steps"), list):
         yield "parts", f"{report['preset']}, training step by parts", report["dtype"], report

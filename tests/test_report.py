@@ -187,6 +187,19 @@ def test_pieces_of_a_sweep_are_joined(folder):
     assert group.report["combiners"] == ["all"] and group.report["notes"] == ["why not"]
 
 
+def test_long_clips_are_a_sweep_of_their_own(folder):
+    """Newer, and of another machine: neither README's table nor what the sweep has to show changes for it."""
+    usual = of_sweep(of_model("native", 1.0)) | {"preset": "small", "dtype": "float32", "train": False}
+    long = usual | {"rows": [of_model("native", 9.0, frames=2048)]}
+    wide = usual | {"rows": [of_model("native", 9.0, snippet=32)]}
+    found = folder(x_2026_01_01_a=usual, y_2026_01_02_b=long, y_2026_01_02_c=wide)
+    assert {group.what for group in found if group.machine == "y"} == {
+        "small, long clips, forward pass, snippets of 8, all", "small, forward pass, snippets of 32, all",
+    }  # fmt: skip
+    for made in (report.sweep_section(found), report.headline_section(found)):
+        assert any("x-2026-01-01-a.json" in line for line in made) and not any("y-2026" in line for line in made)
+
+
 def test_what_the_sweep_has_to_show(folder):
     ours = of_model("native", 1.0, limit=3.0, step_bytes=1e9, frames=512)
     small = of_sweep(ours, of_model("reference", 2.5, step_bytes=2e9)) | {"preset": "small", "dtype": "float32"}
