@@ -211,8 +211,8 @@ def diffusion_gemma() -> hf.PreTrainedModel:
         vision_config=vision,
         image_token_id=IMAGE,
         canvas_length=5,
-        initializer_range=TEXT["initializer_range"],
-    )  # not taken from text_config
+        initializer_range=TEXT["initializer_range"],  # not taken from text_config
+    )
     return hf.DiffusionGemmaForBlockDiffusion(config)
 
 
