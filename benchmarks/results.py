@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks import harness
+from benchmarks import harness, headline
 
 FOLDER = harness.ROOT / "benchmarks" / "results"
 NAME = re.compile(r"(?P<machine>.+)-(?P<date>\d{4}-\d\d-\d\d)-(?P<what>.+)")
@@ -54,7 +54,7 @@ def kinds(what: str, stage: str, report: Report) -> Iterator[tuple[str, str, str
     elif "train" in report:
         task = "training step" if report["train"] else "forward pass"
         snippet = next((row["snippet"] for row in report["rows"] if "snippet" in row), 8)
-        size = ", long clips" if all(row["frames"] > 512 for row in report["rows"]) else ""  # another question
+        size = ", long clips" if headline.long_clips(report) else ""
         name = f"{report['preset']}{size}, {task}, snippets of {snippet}, {' and '.join(report['combiners'])}"
         yield "sweep", name, report.get("dtype", "float32"), report
     elif isinstance(report.get("steps"), list):

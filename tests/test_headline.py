@@ -47,6 +47,8 @@ def test_every_target_has_a_line_and_the_last_report_counts():
         "512 frames, training step, `all`", "512 frames, forward pass, `all`",
     ]  # fmt: skip
     assert not headline.concerned(report(True, row("native", 1.0, snippet=32)))
+    assert not headline.concerned(report(True, row("native", 1.0, frames=1024)))
+    assert headline.concerned(report(True, row("native", 1.0, frames=64))) and headline.concerned(report(True))
 
 
 def test_what_a_terminal_gets():
