@@ -33,6 +33,7 @@ ISAS = {
     "avx2": ("avx2", "avx2", "AVX2", "AVX2"),
     "avx512": ("avx512", "avx512", "AVX512_CORE", "AVX512"),
     "avx512bf16": ("avx512bf16", "avx512", "AVX512_CORE_BF16", "AVX512"),
+    "amx": ("amx", "avx512", "AVX512_CORE_AMX", "AVX512"),
 }
 VARIABLES = ("MIRASOL_ISA", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
 

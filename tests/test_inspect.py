@@ -10,7 +10,7 @@ import pytest
 
 MODULE = next((Path(__file__).parents[1] / "mirasol_kernels").glob("_inspect.*.so"), None)
 pytestmark = pytest.mark.skipif(MODULE is None, reason="_inspect is not built: make test, with a C++ compiler")
-ISAS = ("base", "avx2", "avx512", "avx512bf16")
+ISAS = ("base", "avx2", "avx512", "avx512bf16", "amx")
 
 SCRIPT = """
 import importlib.util, sys

@@ -3,6 +3,7 @@
 // chunk while it walks over the query tiles that see it, of all query heads of the group.  A tile's dq has a share from
 // each chunk it sees; chunks add theirs in ascending order, each waiting for its turn: no sum depends on the threads.
 #include <sched.h>
+#include "block_causal_attention/amx.h"
 #include "block_causal_attention/decode.h"
 
 namespace mirasol::MIRASOL_ISA {
@@ -26,7 +27,8 @@ struct Buffers {
   float *q_t, *dout_t, *dq_t;  // (dim, TILE), (value_dim, TILE), (dim, TILE), in panels
   float *q, *dout;             // (TILE, padded dim): rows as vectors
   float *p, *ds, *ds_terms;    // (BACKWARD_KEYS, TILE)
-  float *k, *v, *k_terms;      // (BACKWARD_KEYS, padded dim): what is not read where it lies
+  float *k, *v, *k_terms;      // (BACKWARD_KEYS, padded dim): what is not read where it lies; of AMX all of the chunk
+  float *some_q, *some_dout, *last_keys;  // of AMX
   float *dk, *dv;              // (keys of a chunk, padded dim)
   float* few_q;                // (FEW, padded dim), where lanes are few
 };
@@ -40,13 +42,21 @@ static Buffers buffers(const Shape& shape, float* at, int64_t* size) {
     at += rows * columns;
     return taken;
   };
-  b.q_t = take(dim, TILE), b.dout_t = take(value_dim, TILE), b.dq_t = take(dim, TILE);
+  const Products by = products_of(shape);
+  const int64_t keys = chunk_of(shape), row = amx_dim(shape.dim) / 2, value_row = amx_dim(shape.value_dim) / 2;
+  const bool amx = by == Products::amx;
+  b.q_t = take(amx ? row : dim, TILE), b.dout_t = take(amx ? value_row : value_dim, TILE), b.dq_t = take(dim, TILE);
   b.q = take(TILE, dim), b.dout = take(TILE, value_dim);
   b.p = take(BACKWARD_KEYS, TILE), b.ds = take(BACKWARD_KEYS, TILE);
-  b.ds_terms = shape.pairs ? take(BACKWARD_KEYS / 2, TILE) : b.ds;
-  b.k = take(BACKWARD_KEYS, dim), b.v = take(BACKWARD_KEYS, value_dim);
-  b.k_terms = shape.pairs ? take(BACKWARD_KEYS / 2, dim) : b.k;
-  b.dk = take(chunk_of(shape), dim), b.dv = take(chunk_of(shape), value_dim);
+  b.ds_terms = by != Products::single ? take(BACKWARD_KEYS / 2, TILE) : b.ds;
+  if (amx) {
+    b.k = take(keys + SIDE, row), b.v = take(keys + SIDE, value_row), b.k_terms = take(dim, amx_keys(keys) / 2);
+    b.some_q = take(TILE / 2, dim), b.some_dout = take(TILE / 2, value_dim), b.last_keys = take(dim, SIDE);
+  } else {
+    b.k = take(BACKWARD_KEYS, dim), b.v = take(BACKWARD_KEYS, value_dim);
+    b.k_terms = by == Products::pairs ? take(BACKWARD_KEYS / 2, dim) : b.k;
+  }
+  b.dk = take(keys, dim), b.dv = take(keys, value_dim);
   b.few_q = few_lanes(shape) ? take(FEW, dim) : nullptr;
   *size = at - start;
   return b;
@@ -168,7 +178,43 @@ static void add_dq(const Backward& g, const Chunk& chunk, const Tile& t, const f
 }
 
 template <bool PAIRS, class T>
+static void backward_piece(const Backward& g, const Chunk& chunk, const Tile& t, const Rows& rows, const Buffers& b,
+                           const Piece& piece) {
+  const Shape& shape = g.shape;
+  const int lanes = t.lanes();
+  const Span s = span(piece, lanes);
+  const T *k = at<const T>(g.k, t.batch, t.kv_head, piece.key), *v = at<const T>(g.v, t.batch, t.kv_head, piece.key);
+  const int64_t key = piece.key - chunk.key;
+  const Factor k_rows = rows_of<PAIRS>(k, g.k.row, piece.keys, shape.dim, b.k);
+  const Factor k_terms = PAIRS ? terms_of<PAIRS>(k, g.k.row, piece.keys, shape.dim, b.k_terms) : k_rows;
+  if (b.few_q) few_scores(piece, s, k, g.k.row, shape.dim, b.few_q, b.p);
+  else scores<PAIRS>(piece.keys, s, b.q_t, shape.dim, k_rows, {b.p, TILE, WIDTH});
+  scores<PAIRS>(piece.keys, s, b.dout_t, shape.value_dim,
+                rows_of<PAIRS>(v, g.v.row, piece.keys, shape.value_dim, b.v), {b.ds, TILE, WIDTH});
+  softmax_backward<PAIRS>(piece.keys, s, rows, b.few_q ? 1 : scale_left<PAIRS>(shape), b);
+  gather<PAIRS>(piece.keys, s, {b.ds_terms, TILE, WIDTH}, k_terms, shape.dim, b.dq_t);
+  scatter<PAIRS>(piece, lanes, b.p, b.dout, shape.value_dim, b.dv + key * padded(shape.value_dim));
+  scatter<PAIRS>(piece, lanes, b.ds, b.q, shape.dim, b.dk + key * padded(shape.dim));
+}
+
+// The same with the keys of the chunk ready in b.
+static inline void amx_backward_piece(const Shape& shape, const Chunk& chunk, int lanes, const Rows& rows, const Buffers& b,
+                               const Piece& piece) {
+  const Span s = span(piece, lanes);
+  const int64_t key = piece.key - chunk.key, row = amx_dim(shape.dim) / 2, value_row = amx_dim(shape.value_dim) / 2;
+  const int all = int(chunk.end - chunk.key);
+  amx_scores(piece.keys, s, b.q_t, shape.dim, {b.k + key * row, row}, {b.p, TILE, WIDTH});
+  amx_scores(piece.keys, s, b.dout_t, shape.value_dim, {b.v + key * value_row, value_row}, {b.ds, TILE, WIDTH});
+  softmax_backward<true>(piece.keys, s, rows, scale_left<true>(shape), b);
+  amx_gather(piece.keys, s, {b.ds_terms, TILE, WIDTH},
+             amx_piece(b.k_terms, amx_keys(all) / 2, key, piece.keys, all, shape.dim, b.last_keys), shape.dim, b.dq_t);
+  amx_scatter(piece, lanes, b.p, b.dout, shape.value_dim, b.some_dout, b.dv + key * padded(shape.value_dim));
+  amx_scatter(piece, lanes, b.ds, b.q, shape.dim, b.some_q, b.dk + key * padded(shape.dim));
+}
+
+template <Products BY, class T>
 static void backward_tile(const Backward& g, const Chunk& chunk, const Tile& t, const Buffers& b) {
+  constexpr bool PAIRS = BY != Products::single, AMX = BY == Products::amx;
   const Shape& shape = g.shape;
   const int lanes = t.lanes();
   Pieces sweep = pieces(g.seen, t.batch, t.row, t.rows, t.heads, chunk.key, chunk.end);
@@ -176,11 +222,14 @@ static void backward_tile(const Backward& g, const Chunk& chunk, const Tile& t, 
   if (!next(sweep, BACKWARD_KEYS, piece)) return;
 
   const Lanes<const T> q = lanes_of<const T>(g.q, t), dout = lanes_of<const T>(g.dout, t);
-  pack_transposed<PAIRS>(q, lanes, shape.dim, b.q_t, shape.scale);
-  pack_transposed<PAIRS>(dout, lanes, shape.value_dim, b.dout_t);
+  pack_transposed<PAIRS>(q, lanes, shape.dim, b.q_t, shape.scale, AMX ? amx_dim(shape.dim) : 0);
+  pack_transposed<PAIRS>(dout, lanes, shape.value_dim, b.dout_t, 1, AMX ? amx_dim(shape.value_dim) : 0);
   pack_rows<PAIRS>(q, lanes, shape.dim, b.q);
   if (b.few_q) decode_queries(q, lanes, shape, b.few_q);
   pack_rows<PAIRS>(dout, lanes, shape.value_dim, b.dout);
+  if constexpr (AMX)
+    for (int r = (lanes + 1) / 2; r < TILE / 2; ++r)
+      zero(b.q + r * padded(shape.dim), shape.dim), zero(b.dout + r * padded(shape.value_dim), shape.value_dim);
   zero(b.dq_t, shape.dim * TILE);
   Rows rows = {};
   const Lanes<const float> lse = lanes_of<const float>(g.lse, t), lse_low = lanes_of<const float>(g.lse_low, t);
@@ -191,19 +240,8 @@ static void backward_tile(const Backward& g, const Chunk& chunk, const Tile& t, 
   }
 
   do {
-    const Span s = span(piece, lanes);
-    const T *k = at<const T>(g.k, t.batch, t.kv_head, piece.key), *v = at<const T>(g.v, t.batch, t.kv_head, piece.key);
-    const int64_t key = piece.key - chunk.key;
-    const Factor k_rows = rows_of<PAIRS>(k, g.k.row, piece.keys, shape.dim, b.k);
-    const Factor k_terms = PAIRS ? terms_of<PAIRS>(k, g.k.row, piece.keys, shape.dim, b.k_terms) : k_rows;
-    if (b.few_q) few_scores(piece, s, k, g.k.row, shape.dim, b.few_q, b.p);
-    else scores<PAIRS>(piece.keys, s, b.q_t, shape.dim, k_rows, {b.p, TILE, WIDTH});
-    scores<PAIRS>(piece.keys, s, b.dout_t, shape.value_dim,
-                  rows_of<PAIRS>(v, g.v.row, piece.keys, shape.value_dim, b.v), {b.ds, TILE, WIDTH});
-    softmax_backward<PAIRS>(piece.keys, s, rows, b.few_q ? 1 : scale_left<PAIRS>(shape), b);
-    gather<PAIRS>(piece.keys, s, {b.ds_terms, TILE, WIDTH}, k_terms, shape.dim, b.dq_t);
-    scatter<PAIRS>(piece, lanes, b.p, b.dout, shape.value_dim, b.dv + key * padded(shape.value_dim));
-    scatter<PAIRS>(piece, lanes, b.ds, b.q, shape.dim, b.dk + key * padded(shape.dim));
+    if constexpr (AMX) amx_backward_piece(shape, chunk, lanes, rows, b, piece);
+    else backward_piece<PAIRS, T>(g, chunk, t, rows, b, piece);
   } while (next(sweep, BACKWARD_KEYS, piece));
   add_dq<T>(g, chunk, t, b.dq_t);
 }
@@ -228,7 +266,7 @@ static void rows_between(const Backward& g, const Chunk& chunk, int64_t* begin, 
   }
 }
 
-template <bool PAIRS, class T>
+template <Products BY, class T>
 static void backward_chunk(const Backward& g, const Chunk& chunk, const Buffers& b) {
   const Shape& shape = g.shape;
   const int64_t keys = chunk.end - chunk.key, group = shape.q_heads / shape.kv_heads;
@@ -237,11 +275,17 @@ static void backward_chunk(const Backward& g, const Chunk& chunk, const Buffers&
   zero(b.dk, keys * dim), zero(b.dv, keys * value_dim);
   int64_t first, end;
   rows_between(g, chunk, &first, &end);
+  if constexpr (BY == Products::amx) {
+    const T *k = at<const T>(g.k, chunk.batch, chunk.kv_head, chunk.key);
+    const T *v = at<const T>(g.v, chunk.batch, chunk.kv_head, chunk.key);
+    amx_rows(k, g.k.row, int(keys), shape.dim, b.k), amx_rows(v, g.v.row, int(keys), shape.value_dim, b.v);
+    amx_columns(k, g.k.row, int(keys), shape.dim, b.k_terms, amx_keys(keys) / 2);
+  }
   for (int64_t head = chunk.kv_head * group; head < (chunk.kv_head + 1) * group; head += heads)
     // Downwards: the next chunk, which begins at the same tile, follows one step behind.
     for (int64_t row = (attention::tiles(end) - 1) * TILE; row > first - TILE; row -= TILE)
-      backward_tile<PAIRS, T>(g, chunk,
-                              {chunk.batch, head, chunk.kv_head, row, least(TILE, shape.q_len - row), heads}, b);
+      backward_tile<BY, T>(g, chunk,
+                           {chunk.batch, head, chunk.kv_head, row, least(TILE, shape.q_len - row), heads}, b);
   for (int64_t i = 0; i < keys; ++i) {
     T* dk = at<T>(g.dk, chunk.batch, chunk.kv_head, chunk.key + i);
     T* dv = at<T>(g.dv, chunk.batch, chunk.kv_head, chunk.key + i);
@@ -253,8 +297,9 @@ static void backward_chunk(const Backward& g, const Chunk& chunk, const Buffers&
 }
 
 // delta = sum(dout * out), in the order in which gemm sums dP = sum(dout * v); and dq = 0 where no chunk will come by.
-template <bool PAIRS, class T>
+template <Products BY, class T>
 static void backward_rows(const Backward& g, const Tile& t) {
+  constexpr bool PAIRS = BY != Products::single;
   const Shape& shape = g.shape;
   const Lanes<const T> dout = lanes_of<const T>(g.dout, t), out = lanes_of<const T>(g.out, t);
   const Lanes<T> dq = lanes_of<T>(g.dq, t);
@@ -267,6 +312,10 @@ static void backward_rows(const Backward& g, const Tile& t) {
       Vec x[WIDTH], y[WIDTH];
       transposed<PAIRS>(dout, lanes, r, d, n, x);
       transposed<PAIRS>(out, lanes, r, d, n, y);
+      if constexpr (BY == Products::amx) {
+        delta += amx_sum(x, y, n);
+        continue;
+      }
 #pragma GCC unroll 16
       for (int j = 0; j < WIDTH; ++j)
         if (j < n) delta = step<PAIRS>(x[j], y[j], delta);
@@ -292,8 +341,8 @@ int64_t attention_backward_workspace(const Shape& shape) {
 }
 
 void attention_backward_rows(const Backward& g, int64_t begin, int64_t end) {
-  for_dtype(g.shape, [&](auto type, auto pairs) {
-    for (int64_t item = begin; item < end; ++item) backward_rows<pairs, decltype(type)>(g, tile_of(g.shape, item));
+  for_dtype(g.shape, [&](auto type, auto by) {
+    for (int64_t item = begin; item < end; ++item) backward_rows<by, decltype(type)>(g, tile_of(g.shape, item));
   });
 }
 
@@ -301,11 +350,12 @@ void attention_backward(const Backward& g, float* workspace, int64_t begin, int6
   int64_t size;
   const Buffers b = buffers(g.shape, workspace, &size);
   const int64_t heads = g.shape.batch * g.shape.kv_heads, chunk = chunk_of(g.shape);
-  for_dtype(g.shape, [&](auto type, auto pairs) {
+  const Amx registers(products_of(g.shape) == Products::amx);
+  for_dtype(g.shape, [&](auto type, auto by) {
     for (int64_t item = begin; item < end; ++item) {  // early keys first: in a causal layout more rows see them
       const int64_t index = item / heads, batch = item % heads / g.shape.kv_heads;
       const int64_t last = (index + 1) * chunk < g.shape.k_len ? (index + 1) * chunk : g.shape.k_len;
-      backward_chunk<pairs, decltype(type)>(g, {index, batch, item % g.shape.kv_heads, index * chunk, last}, b);
+      backward_chunk<by, decltype(type)>(g, {index, batch, item % g.shape.kv_heads, index * chunk, last}, b);
     }
   });
 }

@@ -58,7 +58,7 @@ double multiply_adds(const Shape& s) {  // at most: as if every row saw every ke
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& q_offsets,
                                            const Tensor& k_ranges, double scale) {
   Forward f = forward_of(q, k, v, q_offsets, k_ranges, scale);
-  f.shape.pairs = pairs_pay(f.shape), f.shape.threads = torch::stable::get_num_threads();
+  f.shape.products = products_that_pay(f.shape), f.shape.threads = torch::stable::get_num_threads();
   const Shape& s = f.shape;
   Tensor out = empty(s.batch, s.q_heads, s.q_len, s.value_dim, rows_before_heads(q), torch_dtype(q));
   Tensor lse = empty_rows(s), lse_low = empty_rows(s);
@@ -89,7 +89,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dout, const Tensor& dl
                                             double scale) {
   Backward g = backward_of(dout, dlse, q, k, v, out, lse, lse_low, q_offsets, k_ranges, k_offsets, q_index, q_ranges,
                            scale);
-  g.shape.pairs = pairs_pay(g.shape);
+  g.shape.products = products_that_pay(g.shape);
   const Shape& s = g.shape;
   Tensor dq = gradient_of(q), dk = gradient_of(k), dv = gradient_of(v);
   g.dq = output(dq), g.dk = output(dk), g.dv = output(dv);

@@ -6,11 +6,9 @@
 
 namespace mirasol::MIRASOL_ISA {
 
-constexpr int FEW = WIDTH < 8 ? WIDTH : 8;  // rows: more are faster in the lanes, where no sum goes across a vector
+// More rows than FEW are faster in the lanes, where no sum goes across a vector.
 constexpr int AT_ONCE = 4;                  // rows for each reading of K and V
 constexpr int DECODE_KEYS = 64;             // of a softmax step; whole vectors
-
-static bool few_lanes(const Shape& shape) { return shape.q_len * heads_of_tile(shape) <= FEW; }
 
 struct Decoding {  // of a tile
   int64_t dim, value_dim;    // padded

@@ -4,6 +4,7 @@
 // all of them.
 #include <algorithm>
 #include <utility>
+#include "block_causal_attention/amx.h"
 #include "block_causal_attention/decode.h"
 
 namespace mirasol::MIRASOL_ISA {
@@ -12,8 +13,26 @@ constexpr int FORWARD_KEYS = 192;  // keys of a softmax step
 
 // Of a block; beside the tiles' part of the cache.  Even, for pairs.
 static int keys_of_block(const Shape& shape) {
-  const int64_t fit = (128 << 10) / ((shape.dim + shape.value_dim) * int64_t(sizeof(float))) / 2 * 2;
+  const int64_t size = products_of(shape) == Products::amx ? sizeof(bfloat16) : sizeof(float);
+  const int64_t fit = (128 << 10) / ((shape.dim + shape.value_dim) * size) / 2 * 2;
   return fit < FORWARD_KEYS ? int(fit) : FORWARD_KEYS;
+}
+
+// What a thread needs beside its tiles, and for each of them, in floats.
+struct Space {
+  int64_t k, v, piece, q, out;
+};
+
+static Space space_of(const Shape& shape) {
+  const int64_t keys = keys_of_block(shape), width = padded(shape.dim), value_width = padded(shape.value_dim);
+  const int64_t out = shape.value_dim * TILE;
+  switch (products_of(shape)) {
+    case Products::single: return {keys * width, keys * value_width, 0, shape.dim * TILE, out};
+    case Products::pairs: return {keys * width, keys * value_width, keys / 2 * value_width, shape.dim * TILE, out};
+    case Products::amx: break;
+  }
+  const int64_t row = amx_dim(shape.dim) / 2;
+  return {(keys + SIDE) * row, value_width * amx_keys(keys) / 2, value_width * SIDE, row * TILE, out};
 }
 
 struct Running {  // of the softmax, per lane of the tile
@@ -79,8 +98,9 @@ static void weights(const Placed& x, int v, float factor, const Scores& scores, 
 }
 
 // A block of keys of one kv head and their values, made ready when the first tile asks.
-template <bool PAIRS, class T>
+template <Products BY, class T>
 struct Block {
+  static constexpr bool PAIRS = BY == Products::pairs;
   const Shape& shape;
   const T *k, *v;
   int64_t k_stride, v_stride, key, end;
@@ -101,6 +121,26 @@ struct Block {
   }
 };
 
+template <class T>
+struct Block<Products::amx, T> {
+  const Shape& shape;
+  const T *k, *v;
+  int64_t k_stride, v_stride, key, end;
+  float *k_space, *v_space, *piece_space;
+  bool k_ready = false, v_ready = false;
+
+  Factor keys(const Piece& piece) {
+    const int64_t row = amx_dim(shape.dim) / 2;
+    if (!k_ready) amx_rows(k, k_stride, int(end - key), shape.dim, k_space), k_ready = true;
+    return {k_space + (piece.key - key) * row, row};
+  }
+  AmxFactor values(const Piece& piece) {
+    const int keys = int(end - key);
+    if (!v_ready) amx_columns(v, v_stride, keys, shape.value_dim, v_space, amx_keys(keys) / 2), v_ready = true;
+    return amx_piece(v_space, amx_keys(keys) / 2, piece.key - key, piece.keys, keys, shape.value_dim, piece_space);
+  }
+};
+
 struct Work {  // on a tile
   Tile tile;
   float *q, *out;  // (dim, TILE), (value_dim, TILE), in panels
@@ -109,9 +149,10 @@ struct Work {  // on a tile
 };
 
 // The keys of a block that a tile sees, in steps of the softmax.
-template <bool PAIRS, class T>
-static void forward_block(const Shape& shape, float scale, Block<PAIRS, T>& block, Work& w,
-                          const Scores& s) {
+template <Products BY, class T>
+static void forward_block(const Shape& shape, float scale, Block<BY, T>& block, Work& w, const Scores& s) {
+  constexpr bool PAIRS = BY != Products::single, AMX = BY == Products::amx;
+  const auto slots = [](int keys) { return AMX ? int(whole_tiles(keys)) : keys; };
   const int lanes = w.tile.lanes();
   Placed placed[FORWARD_KEYS];
   Piece piece;
@@ -119,17 +160,19 @@ static void forward_block(const Shape& shape, float scale, Block<PAIRS, T>& bloc
   bool more = next(w.sweep, FORWARD_KEYS, piece);
   while (more) {
     int count = 0;
-    for (int slot = 0; more && slot + piece.keys <= FORWARD_KEYS; more = next(w.sweep, FORWARD_KEYS, piece)) {
+    for (int slot = 0; more && slot + slots(piece.keys) <= FORWARD_KEYS; more = next(w.sweep, FORWARD_KEYS, piece)) {
       Placed& x = placed[count++] = {piece, span(piece, lanes), slot};
-      scores<PAIRS>(piece.keys, x.span, w.q, shape.dim, block.keys(piece),
-                    {s.at(slot, 0), s.key, s.vector}, w.run.fresh);
-      slot += piece.keys;
+      const Scores to{s.at(slot, 0), s.key, s.vector};
+      if constexpr (AMX) amx_scores(piece.keys, x.span, w.q, shape.dim, block.keys(piece), to, w.run.fresh);
+      else scores<PAIRS>(piece.keys, x.span, w.q, shape.dim, block.keys(piece), to, w.run.fresh);
+      slot += slots(piece.keys);
     }
     raise_tops(shape, scale, lanes, w.run, w.out);
     for (const Placed* x = placed; x < placed + count; ++x) {
+      const Scores p{s.at(x->slot, 0), s.key, s.vector};
       for (int v = 0; v < x->span.count; ++v) weights<PAIRS>(*x, x->span.first + v, scale, s, w.run);
-      gather<PAIRS>(x->piece.keys, x->span, {s.at(x->slot, 0), s.key, s.vector}, block.values(x->piece),
-                    shape.value_dim, w.out);
+      if constexpr (AMX) amx_gather(x->piece.keys, x->span, p, block.values(x->piece), shape.value_dim, w.out);
+      else gather<PAIRS>(x->piece.keys, x->span, p, block.values(x->piece), shape.value_dim, w.out);
     }
   }
 }
@@ -158,16 +201,16 @@ static void finish(const Forward& f, Work& w, int64_t split, int64_t splits) {
                     [&](int lane, int64_t d, int n, Vec x) { store_part(to(lane) + d, x, n); });
 }
 
-template <bool PAIRS, class T>
+template <Products BY, class T>
 static void forward_item(const Forward& f, int64_t item, int64_t split, int64_t splits, float* space) {
+  constexpr bool PAIRS = BY != Products::single;
   const Shape& shape = f.shape;
+  const Space need = space_of(shape);
   const auto [kv_head, first, count] = tiles_of(shape, item);
   const auto take = [&](int64_t floats) { return std::exchange(space, space + floats); };
   const Scores s{take(FORWARD_KEYS * TILE), WIDTH, FORWARD_KEYS * WIDTH};  // in panels
   const int keys = keys_of_block(shape);
-  const int64_t width = padded(shape.dim), value_width = padded(shape.value_dim);
-  float *const k_space = take(keys * width), *const v_space = take(keys * value_width);
-  float* const piece_space = take(shape.pairs ? keys / 2 * value_width : 0);
+  float *const k_space = take(need.k), *const v_space = take(need.v), *const piece_space = take(need.piece);
   const float scale = __builtin_fabsf(scale_left<PAIRS>(shape));
   const int64_t from = shape.k_len * split / splits, to = shape.k_len * (split + 1) / splits;
 
@@ -175,11 +218,12 @@ static void forward_item(const Forward& f, int64_t item, int64_t split, int64_t 
   for (int i = 0; i < count; ++i) {
     Work& w = work[i];
     w.tile = tile_of(shape, kv_head, first + i);
-    w.q = take(shape.dim * TILE), w.out = take(shape.value_dim * TILE);
-    pack_transposed<PAIRS>(lanes_of<const T>(f.q, w.tile), w.tile.lanes(), shape.dim, w.q, shape.scale);
+    w.q = take(need.q), w.out = take(need.out);
+    pack_transposed<PAIRS>(lanes_of<const T>(f.q, w.tile), w.tile.lanes(), shape.dim, w.q, shape.scale,
+                           BY == Products::amx ? 2 * need.q / TILE : 0);
     // The largest product must have the largest score.
-    if (PAIRS && shape.scale < 0) negate_pairs(w.q, shape.dim / 2 * TILE);
-    zero(w.out, shape.value_dim * TILE);
+    if (PAIRS && shape.scale < 0) negate_pairs(w.q, need.q / (BY == Products::pairs ? 2 : 1));
+    zero(w.out, need.out);
     for (int j = 0; j < TILE; ++j)
       w.run.top[j] = w.run.fresh[j] = -__builtin_inff(), w.run.base[j] = w.run.total[j] = 0;
     w.sweep = pieces(f.seen, w.tile.batch, w.tile.row, w.tile.rows, w.tile.heads, from, to);
@@ -193,9 +237,9 @@ static void forward_item(const Forward& f, int64_t item, int64_t split, int64_t 
     const int64_t edge = std::min(to, (key / keys + 1) * keys);
     int64_t end = key;
     for (int i = 0; i < count; ++i) end = seen_until(work[i].sweep, edge, end);
-    Block<PAIRS, T> block{shape, at<const T>(f.k, any.batch, any.kv_head, key),
-                          at<const T>(f.v, any.batch, any.kv_head, key), f.k.row, f.v.row, key, end,
-                          k_space, v_space, piece_space};
+    Block<BY, T> block{shape, at<const T>(f.k, any.batch, any.kv_head, key),
+                       at<const T>(f.v, any.batch, any.kv_head, key), f.k.row, f.v.row, key, end,
+                       k_space, v_space, piece_space};
     for (int i = 0; i < count; ++i) forward_block(shape, scale, block, work[i], s);
   }
   for (int i = 0; i < count; ++i) finish<T>(f, work[i], split, splits);
@@ -203,18 +247,18 @@ static void forward_item(const Forward& f, int64_t item, int64_t split, int64_t 
 
 int64_t attention_workspace(const Shape& shape) {
   if (few_lanes(shape)) return decode_workspace(shape);
-  const int64_t keys = keys_of_block(shape), value_width = padded(shape.value_dim);
-  return FORWARD_KEYS * TILE + keys * (padded(shape.dim) + value_width) + (shape.pairs ? keys / 2 * value_width : 0) +
-         tiles_of_item(shape) * (shape.dim + shape.value_dim) * TILE;
+  const Space need = space_of(shape);
+  return FORWARD_KEYS * TILE + need.k + need.v + need.piece + tiles_of_item(shape) * (need.q + need.out);
 }
 
 void attention_forward(const Forward& f, float* workspace, int64_t begin, int64_t end) {
   const int64_t splits = attention_splits(f.shape);
   const bool few = few_lanes(f.shape);
-  for_dtype(f.shape, [&](auto type, auto pairs) {
+  const Amx registers(products_of(f.shape) == Products::amx);
+  for_dtype(f.shape, [&](auto type, auto by) {
     for (int64_t item = begin; item < end; ++item)
       if (few) decode_item<decltype(type)>(f, item / splits, item % splits, splits, workspace);
-      else forward_item<pairs, decltype(type)>(f, item / splits, item % splits, splits, workspace);
+      else forward_item<by, decltype(type)>(f, item / splits, item % splits, splits, workspace);
   });
 }
 

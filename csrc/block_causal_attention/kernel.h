@@ -17,18 +17,22 @@ struct View {       // a tensor (batch, head, row, element); strides in elements
   int64_t batch, head, row;
 };
 
+// What multiplies: floats; or bfloat16 as it is, two terms at a time (VDPBF16PS), or in tile registers (AMX).  Where
+// the chip has neither these are slow, and right.
+enum class Products { single, pairs, amx };
+
 struct Shape {
   int64_t batch, q_heads, kv_heads, q_len, k_len;  // query head h uses kv head h / (q_heads / kv_heads)
   int64_t dim, value_dim;                          // of q and k; of v and out
   float scale;
   Dtype dtype = Dtype::float32;  // of q, k, v, out and their gradients
-  // bfloat16 products two terms at a time: what chips with VDPBF16PS are for, elsewhere slower.  For even dims only.
-  bool pairs = false;
+  Products products = Products::single;  // others: of bfloat16 with even dims only
   int64_t threads = 16;  // that will share the items of forward: says how many tiles make one, and changes no result
 };
 
-inline bool pairs_pay(const Shape& s) {
-  return isa() == Isa::avx512bf16 && s.dtype == Dtype::bfloat16 && s.dim % 2 == 0 && s.value_dim % 2 == 0;
+inline Products products_that_pay(const Shape& s) {
+  if (isa() < Isa::avx512bf16 || s.dtype != Dtype::bfloat16 || s.dim % 2 || s.value_dim % 2) return Products::single;
+  return isa() == Isa::amx ? Products::amx : Products::pairs;
 }
 
 struct Ranges {  // the keys that a query row sees

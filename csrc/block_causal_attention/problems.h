@@ -278,17 +278,25 @@ inline vector<Problem> problems() {
     for (int64_t b = draw(0, 1) ? 1 : batch; b > 0; --b) p.sees.push_back(random_sees(int32_t(q_len), int32_t(k_len)));
     all.push_back(p);
   }
-  // In halves too, bfloat16 both ways, whichever this chip would take: the named ones in all, random ones in one.
+  // In halves too, bfloat16 in all ways, whichever this chip would take: the named ones in all, random ones in one.
+  struct Way {
+    const char* name;
+    Dtype dtype;
+    Products products;
+  };
+  vector<Way> ways = {{", float16", Dtype::float16, Products::single},
+                      {", bfloat16", Dtype::bfloat16, Products::single},
+                      {", bfloat16 in pairs", Dtype::bfloat16, Products::pairs}};
+  // The build of avx512 spells out what tile registers do, that of avx512bf16 has them or not, narrower ones know none.
+  if (isa() == Isa::avx512 || isa() == Isa::amx) ways.push_back({", bfloat16 in tiles", Dtype::bfloat16, Products::amx});
   for (size_t i = 0, n = all.size(), named = n - 48; i < n; ++i)
-    for (int way = 0; way < 3; ++way) {
-      if (i >= named && int(i % 3) != way) continue;
-      const Dtype dtype = way == 0 ? Dtype::float16 : Dtype::bfloat16;
-      const bool pairs = way == 2;
+    for (size_t way = 0; way < ways.size(); ++way) {
+      if (i >= named && i % ways.size() != way) continue;
       Problem p = all[i];
-      p.shape.dtype = dtype, p.shape.pairs = pairs;
-      p.name += dtype == Dtype::float16 ? ", float16" : pairs ? ", bfloat16 in pairs" : ", bfloat16";
-      if (pairs) p.shape.dim += p.shape.dim % 2, p.shape.value_dim += p.shape.value_dim % 2;
-      if (dtype == Dtype::float16 && p.spread > 10) continue;
+      p.shape.dtype = ways[way].dtype, p.shape.products = ways[way].products, p.name += ways[way].name;
+      if (p.shape.products != Products::single)
+        p.shape.dim += p.shape.dim % 2, p.shape.value_dim += p.shape.value_dim % 2;
+      if (p.shape.dtype == Dtype::float16 && p.spread > 10) continue;
       all.push_back(p);
     }
   return all;

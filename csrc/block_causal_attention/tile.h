@@ -5,10 +5,11 @@
 // and lines of all its sets.
 #include <type_traits>
 #include "block_causal_attention/pieces.h"
-#include "common/gemm.h"
+#include "common/amx.h"
 
 namespace mirasol::MIRASOL_ISA {
 
+using attention::Products;
 using attention::Shape;
 using attention::View;
 
@@ -109,10 +110,13 @@ static inline void transposed(const Lanes<const T>& from, int lanes, int r, int6
 }
 
 // to (dim, TILE), in panels = the rows of the lanes, transposed, and 0 up to the next whole vector of lanes.  As pairs:
-// (dim / 2, TILE), elements d and d + 1 in one.  Floats are multiplied by `scale`, if it is given.
+// (dim / 2, TILE), elements d and d + 1 in one.  Floats are multiplied by `scale`, if it is given.  With `panel` (dim of
+// a panel, if that is more) there are zeros behind the last element.
 template <bool PAIRS, class T>
-static void pack_transposed(const Lanes<const T>& from, int lanes, int64_t dim, float* to, float scale = 1) {
-  if constexpr (PAIRS) dim /= 2;
+static void pack_transposed(const Lanes<const T>& from, int lanes, int64_t dim, float* to, float scale = 1,
+                            int64_t panel = 0) {
+  if constexpr (PAIRS) dim /= 2, panel /= 2;
+  if (panel < dim) panel = dim;
   for (int r = 0; r < lanes; r += WIDTH)
     for (int64_t d = 0; d < dim; d += WIDTH) {
       const int n = least(WIDTH, dim - d);
@@ -120,8 +124,9 @@ static void pack_transposed(const Lanes<const T>& from, int lanes, int64_t dim, 
       transposed<PAIRS>(from, lanes, r, d, n, x);
 #pragma GCC unroll 16
       for (int j = 0; j < WIDTH; ++j)
-        if (j < n) store(to + r * dim + (d + j) * WIDTH, PAIRS ? x[j] : x[j] * scale);
+        if (j < n) store(to + r * panel + (d + j) * WIDTH, PAIRS ? x[j] : x[j] * scale);
     }
+  for (int r = 0; r < lanes; r += WIDTH) zero(to + r * panel + dim * WIDTH, (panel - dim) * WIDTH);
 }
 
 // Calls each(lane, d, n, x) with elements [d, d + n) of the row of a lane of a transposed tile in panels, times its
@@ -241,14 +246,30 @@ static inline void exp_of_weights(Vec (&x)[N]) {
   else for (Vec& each : x) each = exp_for_bfloat16(each);
 }
 
-// Kernels are written once and compiled for each dtype: call(T{}, pairs).
+constexpr int FEW = WIDTH < 8 ? WIDTH : 8;  // query rows of which decode.h takes care
+static bool few_lanes(const Shape& shape) { return shape.q_len * heads_of_tile(shape) <= FEW; }
+
+template <Products BY>
+using By = std::integral_constant<Products, BY>;
+
+static Products products_of(const Shape& shape) {
+  const bool tiles = WIDTH == SIDE && !few_lanes(shape);
+  return shape.products == Products::amx && !tiles ? Products::pairs : shape.products;
+}
+
+// Kernels are written once and compiled for each dtype and its products: call(T{}, By<products>{}).
 template <class Call>
 static inline void for_dtype(const Shape& shape, Call call) {
   switch (shape.dtype) {
-    case Dtype::float32: return call(float{}, std::false_type{});
-    case Dtype::float16: return call(float16{}, std::false_type{});
-    case Dtype::bfloat16:
-      return shape.pairs ? call(bfloat16{}, std::true_type{}) : call(bfloat16{}, std::false_type{});
+    case Dtype::float32: return call(float{}, By<Products::single>{});
+    case Dtype::float16: return call(float16{}, By<Products::single>{});
+    case Dtype::bfloat16: break;
+  }
+  switch (products_of(shape)) {
+    case Products::single: return call(bfloat16{}, By<Products::single>{});
+    case Products::pairs: return call(bfloat16{}, By<Products::pairs>{});
+    case Products::amx:
+      if constexpr (WIDTH == SIDE) call(bfloat16{}, By<Products::amx>{});
   }
 }
 

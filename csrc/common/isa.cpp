@@ -4,17 +4,34 @@
 #include <cstring>
 #if defined(__x86_64__)
 #include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #endif
 
 namespace mirasol {
 namespace {
 
-constexpr Isa all[] = {Isa::base, Isa::avx2, Isa::avx512, Isa::avx512bf16};
+constexpr Isa all[] = {Isa::base, Isa::avx2, Isa::avx512, Isa::avx512bf16, Isa::amx};
 
 #if defined(__x86_64__)
 bool has_f16c() {  // by hand: __builtin_cpu_supports knows the name since gcc 11 only
   unsigned a = 0, b = 0, c = 0, d = 0;
   return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+
+// Tile registers are 8 KB that Linux saves for a process only once it has asked.
+bool amx_granted() {
+#if defined(MIRASOL_AMX) && defined(__linux__)
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  constexpr unsigned bfloat16 = 1u << 22, tiles = 1u << 24;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & bfloat16) == 0 || (d & tiles) == 0) return false;
+  constexpr long request_permission = 0x1023, tile_data = 18;
+  return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+#else
+  return false;
+#endif
 }
 #endif
 
@@ -25,7 +42,8 @@ Isa best() {
   if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl")))
     return Isa::avx2;
-  return __builtin_cpu_supports("avx512bf16") ? Isa::avx512bf16 : Isa::avx512;
+  if (!__builtin_cpu_supports("avx512bf16")) return Isa::avx512;
+  return amx_granted() ? Isa::amx : Isa::avx512bf16;
 #else
   return Isa::base;
 #endif
@@ -52,6 +70,7 @@ bool isa_granted() { return asked(isa()) == isa(); }
 
 const char* isa_name(Isa which) {
   switch (which) {
+    case Isa::amx: return "amx";
     case Isa::avx512bf16: return "avx512bf16";
     case Isa::avx512: return "avx512";
     case Isa::avx2: return "avx2";

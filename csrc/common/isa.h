@@ -5,7 +5,8 @@
 
 namespace mirasol {
 
-enum class Isa { base, avx2, avx512, avx512bf16 };  // each includes those before it
+// Each includes those before it.  `amx` has no build of its own: kernels of avx512bf16 that have a use for AMX hold both.
+enum class Isa { base, avx2, avx512, avx512bf16, amx };
 
 Isa isa();  // found once; the environment variable MIRASOL_ISA=<name> lowers it, never raises it
 const char* isa_name(Isa which);
@@ -22,7 +23,7 @@ bool isa_granted();
   namespace mirasol::avx512 { __VA_ARGS__; }                                     \
   namespace mirasol::avx512bf16 { __VA_ARGS__; }
 #define MIRASOL_CALL(f, ...)                                                                       \
-  (::mirasol::isa() == ::mirasol::Isa::avx512bf16 ? ::mirasol::avx512bf16::f(__VA_ARGS__)          \
+  (::mirasol::isa() >= ::mirasol::Isa::avx512bf16 ? ::mirasol::avx512bf16::f(__VA_ARGS__)          \
    : ::mirasol::isa() == ::mirasol::Isa::avx512   ? ::mirasol::avx512::f(__VA_ARGS__)              \
    : ::mirasol::isa() == ::mirasol::Isa::avx2     ? ::mirasol::avx2::f(__VA_ARGS__)                \
                                                   : ::mirasol::base::f(__VA_ARGS__))

@@ -37,7 +37,7 @@ struct Call {
 };
 
 inline bool pairs_pay(const Call& call) {
-  return isa() == Isa::avx512bf16 && call.dtype == Dtype::bfloat16 && call.c % 2 == 0;
+  return isa() >= Isa::avx512bf16 && call.dtype == Dtype::bfloat16 && call.c % 2 == 0;
 }
 
 struct Forward {
