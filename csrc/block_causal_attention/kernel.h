@@ -10,16 +10,13 @@
 namespace mirasol::attention {
 
 using mirasol::Dtype;
+using mirasol::Products;
 
 template <class T>  // T is void where the dtype is that of the shape
 struct View {       // a tensor (batch, head, row, element); strides in elements, the last one is 1
   T* data;
   int64_t batch, head, row;
 };
-
-// What multiplies: floats; or bfloat16 as it is, two terms at a time (VDPBF16PS), or in tile registers (AMX).  Where
-// the chip has neither these are slow, and right.
-enum class Products { single, pairs, amx };
 
 struct Shape {
   int64_t batch, q_heads, kv_heads, q_len, k_len;  // query head h uses kv head h / (q_heads / kv_heads)

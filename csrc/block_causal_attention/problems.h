@@ -278,17 +278,8 @@ inline vector<Problem> problems() {
     for (int64_t b = draw(0, 1) ? 1 : batch; b > 0; --b) p.sees.push_back(random_sees(int32_t(q_len), int32_t(k_len)));
     all.push_back(p);
   }
-  // In halves too, bfloat16 in all ways, whichever this chip would take: the named ones in all, random ones in one.
-  struct Way {
-    const char* name;
-    Dtype dtype;
-    Products products;
-  };
-  vector<Way> ways = {{", float16", Dtype::float16, Products::single},
-                      {", bfloat16", Dtype::bfloat16, Products::single},
-                      {", bfloat16 in pairs", Dtype::bfloat16, Products::pairs}};
-  // The build of avx512 spells out what tile registers do, that of avx512bf16 has them or not, narrower ones know none.
-  if (isa() == Isa::avx512 || isa() == Isa::amx) ways.push_back({", bfloat16 in tiles", Dtype::bfloat16, Products::amx});
+  // In halves too: the named ones in all ways, random ones in one.
+  const vector<Way> ways = ways_of_halves();
   for (size_t i = 0, n = all.size(), named = n - 48; i < n; ++i)
     for (size_t way = 0; way < ways.size(); ++way) {
       if (i >= named && i % ways.size() != way) continue;

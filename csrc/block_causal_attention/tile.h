@@ -5,7 +5,7 @@
 // and lines of all its sets.
 #include <type_traits>
 #include "block_causal_attention/pieces.h"
-#include "common/amx.h"
+#include "common/gemm.h"
 
 namespace mirasol::MIRASOL_ISA {
 

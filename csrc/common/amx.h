@@ -2,7 +2,7 @@
 // The product of gemm.h for pairs of bfloat16, as AMX does it: 16 rows, 16 pairs of terms and 16 lanes in an instruction
 // (TDPBF16PS).  B is read along its rows, so b_k is 1 here, and k comes in whole tiles, with zeros where there is
 // nothing: what is beside a zero must be finite.  For vectors as wide as a tile register.
-#include "common/gemm.h"
+#include "common/half.h"
 
 namespace mirasol::MIRASOL_ISA {
 
@@ -76,6 +76,13 @@ struct Amx {
 };
 #endif
 
+// Memory that is on its way to a cache while something is computed, `step` bytes for each term of a block of C: at the
+// pace of a product, where a loop of its own would have to wait for it.
+struct Ahead {
+  const char* next;
+  int64_t step;
+};
+
 struct AmxProduct {
   int vectors, n, k;  // m is `vectors` whole vectors; k: of terms, SIDE pairs each
   const float* a;
@@ -87,79 +94,95 @@ struct AmxProduct {
   int64_t c_n, c_v;
   bool add = false;
   const Bits* mask = nullptr;  // one per vector, or none: C of a lane that is off gets nothing, not even 0 * NaN
+  Ahead* ahead = nullptr;      // or none: steps for each row of a tile register of B, and vector of C
 };
 
-// C of up to N x V tile registers.
-template <int N, int V>
-static inline void amx_block(const AmxProduct& p, const float* a, const Element* b, const Element* b_last, float* c,
-                             int64_t c_n, int64_t c_v, bool add) {
-  float* const below = c + SIDE * c_n;
+// V tile registers of C, side by side.
+template <int V>
+static inline void amx_row(const AmxProduct& p, const float* a, const Element* b, const Element* b_last, float* c,
+                           int64_t c_n, int64_t c_v, bool add) {
   const int64_t c_bytes = 4 * c_n, a_bytes = 4 * p.a_k;
+  int64_t b_bytes = 4 * p.b_n;
   if (add) {
     AMX_LOAD(0, c, c_bytes);
     if constexpr (V > 1) AMX_LOAD(1, c + c_v, c_bytes);
-    if constexpr (N > 1) AMX_LOAD(2, below, c_bytes);
-    if constexpr (N > 1 && V > 1) AMX_LOAD(3, below + c_v, c_bytes);
+    if constexpr (V > 2) AMX_LOAD(2, c + 2 * c_v, c_bytes);
+    if constexpr (V > 3) AMX_LOAD(3, c + 3 * c_v, c_bytes);
   } else {
     AMX_ZERO(0);
-    AMX_ZERO(1);
-    AMX_ZERO(2);
-    AMX_ZERO(3);
+    if constexpr (V > 1) AMX_ZERO(1);
+    if constexpr (V > 2) AMX_ZERO(2);
+    if constexpr (V > 3) AMX_ZERO(3);
   }
-  int64_t b_n = p.b_n;
   for (int i = 0; i < p.k; ++i, b += SIDE, a += SIDE * p.a_k) {
-    if (b_last && i == p.k - 1) b = b_last, b_n = SIDE;
-    AMX_LOAD(4, b, 4 * b_n);
-    AMX_LOAD(6, a, a_bytes);
-    AMX_MULTIPLY(0, 4, 6);
-    if constexpr (V > 1) {
-      AMX_LOAD(7, a + p.a_v, a_bytes);
-      AMX_MULTIPLY(1, 4, 7);
+    if (b_last && i == p.k - 1) b = b_last, b_bytes = 4 * SIDE;
+    if (p.ahead) {
+      for (int64_t byte = 0; byte < p.ahead->step; byte += 64) __builtin_prefetch(p.ahead->next + byte);
+      p.ahead->next += p.ahead->step;
     }
-    if constexpr (N > 1) {
-      AMX_LOAD(5, b + SIDE * b_n, 4 * b_n);
-      AMX_MULTIPLY(2, 5, 6);
-      if constexpr (V > 1) AMX_MULTIPLY(3, 5, 7);
+    AMX_LOAD(4, b, b_bytes);
+    AMX_LOAD(5, a, a_bytes);
+    AMX_MULTIPLY(0, 4, 5);
+    if constexpr (V > 1) {
+      AMX_LOAD(6, a + p.a_v, a_bytes);
+      AMX_MULTIPLY(1, 4, 6);
+    }
+    if constexpr (V > 2) {
+      AMX_LOAD(7, a + 2 * p.a_v, a_bytes);
+      AMX_MULTIPLY(2, 4, 7);
+    }
+    if constexpr (V > 3) {
+      AMX_LOAD(5, a + 3 * p.a_v, a_bytes);
+      AMX_MULTIPLY(3, 4, 5);
     }
   }
   AMX_STORE(0, c, c_bytes);
   if constexpr (V > 1) AMX_STORE(1, c + c_v, c_bytes);
-  if constexpr (N > 1) AMX_STORE(2, below, c_bytes);
-  if constexpr (N > 1 && V > 1) AMX_STORE(3, below + c_v, c_bytes);
+  if constexpr (V > 2) AMX_STORE(2, c + 2 * c_v, c_bytes);
+  if constexpr (V > 3) AMX_STORE(3, c + 3 * c_v, c_bytes);
+}
+
+// How many steps an Ahead takes in a product.
+static inline int64_t amx_steps(int64_t vectors, int64_t n, int64_t k) {
+  return (vectors + 3) / 4 * (whole_tiles(n) / SIDE) * (whole_tiles(k) / SIDE);
+}
+
+// `V` vectors from v on.  A of them stays in a first-level cache where k is short; B is read once for all of them.
+template <int V>
+static inline void amx_columns_of(const AmxProduct& p, int v) {
+  const float* const a = p.a + v * p.a_v;
+  for (int n = 0; n < p.n; n += SIDE) {
+    const Element *const b = p.b + n * p.b_n, *const b_last = p.b_last ? p.b_last + n * SIDE : nullptr;
+    float* const c = p.c + n * p.c_n + v * p.c_v;
+    const int rows = least(SIDE, p.n - n);
+    if (!p.mask && rows == SIDE) {
+      amx_row<V>(p, a, b, b_last, c, p.c_n, p.c_v, p.add);
+      continue;
+    }
+    alignas(64) float sums[V][SIDE * SIDE];
+    amx_row<V>(p, a, b, b_last, sums[0], SIDE, SIDE * SIDE, false);
+    for (int i = 0; i < V; ++i)
+      for (int r = 0; r < rows; ++r) {
+        const Vec x = load(sums[i] + r * SIDE), sum = p.mask ? keep(p.mask[v + i], x) : x;
+        float* const to = c + r * p.c_n + i * p.c_v;
+        store(to, p.add ? load(to) + sum : sum);
+      }
+  }
 }
 
 static inline void amx_gemm(const AmxProduct& p) {
   amx_fence();
-  for (int v = 0; v < p.vectors; v += 2)
-    for (int n = 0; n < p.n; n += 2 * SIDE) {
-      const int rows = least(2 * SIDE, p.n - n), wide = least(2, p.vectors - v);
-      const float* const a = p.a + v * p.a_v;
-      const Element *const b = p.b + n * p.b_n, *const b_last = p.b_last ? p.b_last + n * SIDE : nullptr;
-      const auto block = [&](float* c, int64_t c_n, int64_t c_v, bool add) {
-        if (rows > SIDE) {
-          if (wide > 1) amx_block<2, 2>(p, a, b, b_last, c, c_n, c_v, add);
-          else amx_block<2, 1>(p, a, b, b_last, c, c_n, c_v, add);
-        } else if (wide > 1) {
-          amx_block<1, 2>(p, a, b, b_last, c, c_n, c_v, add);
-        } else {
-          amx_block<1, 1>(p, a, b, b_last, c, c_n, c_v, add);
-        }
-      };
-      float* const c = p.c + n * p.c_n + v * p.c_v;
-      if (!p.mask && rows % SIDE == 0) {
-        block(c, p.c_n, p.c_v, p.add);
-        continue;
-      }
-      alignas(64) float sums[2][2 * SIDE * SIDE];
-      block(sums[0], SIDE, 2 * SIDE * SIDE, false);
-      for (int i = 0; i < wide; ++i)
-        for (int r = 0; r < rows; ++r) {
-          const Vec x = load(sums[i] + r * SIDE);
-          float* const to = c + r * p.c_n + i * p.c_v;
-          const Vec sum = p.mask ? keep(p.mask[v + i], x) : x;
-          store(to, p.add ? load(to) + sum : sum);
-        }
+  int v = 0;
+  for (int blocks = (p.vectors + 3) / 4; blocks > 0; --blocks) {  // of nearly the same width: 5 is 3 + 2
+    const int wide = (p.vectors - v + blocks - 1) / blocks;
+    switch (wide) {
+      case 4: amx_columns_of<4>(p, v); break;
+      case 3: amx_columns_of<3>(p, v); break;
+      case 2: amx_columns_of<2>(p, v); break;
+      default: amx_columns_of<1>(p, v);
     }
+    v += wide;
+  }
   amx_fence();
 }
 

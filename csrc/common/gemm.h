@@ -4,7 +4,7 @@
 // and B may lie either way (b_n and b_k are its two strides).  Each call sums its k terms from zero, in order,
 // and adds the sum to C once: as exact as a blocked sum, and the same whatever else is computed.
 // The elements of A and B are floats, or pairs of bfloat16 along k (PAIRS): the same 32 bits to everything but `dot`.
-#include "common/half.h"
+#include "common/amx.h"
 
 namespace mirasol::MIRASOL_ISA {
 
@@ -22,13 +22,6 @@ constexpr int MAX_VECTORS = 3;  // 16 registers, one of them for the product tha
 constexpr int BLOCK[] = {0, 8, 4, 3};
 #endif
 
-// Memory that is on its way to a cache while something is computed, `step` bytes for each term of a block of C: at the
-// pace of a product, where a loop of its own would have to wait for it.
-struct Ahead {
-  const char* next;
-  int64_t step;
-};
-
 struct Product {
   int vectors, n, k;  // m is `vectors` whole vectors
   const float* a;
@@ -42,6 +35,9 @@ struct Product {
   float* top = nullptr;        // (m), or none: becomes the largest of itself and its column of C, NaN passed over,
   const Bits* on = nullptr;    // in lanes that are on (one per vector, or none: in all)
   Ahead* ahead = nullptr;      // or none; of pairs only
+  // Room for amx_room(n, k) floats, or none.  With it pairs are multiplied in tile registers, which an Amx must hold
+  // ready: k is whole tiles then, and rows of B behind the last are readable where b_k is not 1.  Without mask and top.
+  float* tiles = nullptr;
 };
 
 template <bool PAIRS>
@@ -122,8 +118,41 @@ static void gemm_width(const Product& p) {
   }
 }
 
+static inline int64_t amx_row_of(int64_t k) { return (k / SIDE | 1) * SIDE; }  // an odd number of cache lines
+static inline int64_t amx_room(int64_t n, int64_t k) { return whole_tiles(n) * amx_row_of(k); }
+
+static inline void amx_product(const Product& p) {
+  AmxProduct whole{.vectors = p.vectors, .n = p.n, .k = p.k / SIDE, .a = p.a, .a_k = p.a_k, .a_v = p.a_v, .b = p.b,
+                   .b_n = p.b_n, .b_last = nullptr, .c = p.c, .c_n = p.c_n, .c_v = p.c_v, .add = p.add,
+                   .ahead = p.ahead};
+  const int64_t row = amx_row_of(p.k);
+  if (p.b_k == 1) {  // as it lies; the last rows, behind which there may be no memory, from a copy
+    const int rest = p.n % SIDE;
+    whole.n -= rest;
+    amx_gemm(whole);
+    if (rest == 0) return;
+    for (int r = 0; r < rest; ++r)
+      std::memcpy(p.tiles + r * row, p.b + (whole.n + r) * p.b_n, p.k * sizeof(float));
+    whole.b = p.tiles, whole.b_n = row, whole.c += whole.n * p.c_n, whole.n = rest;
+    return amx_gemm(whole);
+  }
+  for (int n = 0; n < p.n; n += SIDE)  // transposed
+    for (int k = 0; k < p.k; k += SIDE) {
+      Vec x[WIDTH];
+#pragma GCC unroll 16
+      for (int i = 0; i < WIDTH; ++i) x[i] = load(p.b + n * p.b_n + (k + i) * p.b_k);
+      transpose(x);
+#pragma GCC unroll 16
+      for (int i = 0; i < WIDTH; ++i) store(p.tiles + (n + i) * row + k, x[i]);
+    }
+  whole.b = p.tiles, whole.b_n = row;
+  amx_gemm(whole);
+}
+
 template <bool PAIRS = false>
 static void gemm(Product p) {
+  if constexpr (PAIRS && WIDTH == SIDE)
+    if (p.tiles) return amx_product(p);
   int left = p.vectors;
   for (int blocks = (left + MAX_VECTORS - 1) / MAX_VECTORS; blocks > 0; --blocks) {
     p.vectors = (left + blocks - 1) / blocks;  // of nearly the same width: 8 is 4 + 4, not 6 + 2

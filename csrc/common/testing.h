@@ -8,6 +8,7 @@
 #include <random>
 #include <vector>
 #include "common/dtype.h"
+#include "common/isa.h"
 #include "common/run.h"
 
 namespace mirasol::testing {
@@ -44,6 +45,22 @@ inline float decoded(uint16_t x, Dtype dtype) {
   const float sign = x & 0x8000 ? -1 : 1;
   if (exponent == 2 * bias + 1) return mantissa ? NaN : sign * std::numeric_limits<float>::infinity();
   return sign * float(std::ldexp(exponent ? mantissa + (1 << bits) : mantissa, std::max(exponent, 1) - bias - bits));
+}
+
+struct Way {
+  const char* name;
+  Dtype dtype;
+  Products products;
+};
+
+// bfloat16 in all ways, whichever this chip would take.  The build of avx512 spells out what tile registers do, that of
+// avx512bf16 has them or has not, narrower ones know none.
+inline vector<Way> ways_of_halves() {
+  vector<Way> ways = {{", float16", Dtype::float16, Products::single},
+                      {", bfloat16", Dtype::bfloat16, Products::single},
+                      {", bfloat16 in pairs", Dtype::bfloat16, Products::pairs}};
+  if (isa() == Isa::avx512 || isa() == Isa::amx) ways.push_back({", bfloat16 in tiles", Dtype::bfloat16, Products::amx});
+  return ways;
 }
 
 // The error of `got` as a share of its budget: twice `unavoidable`, that of the definition in float32 rounded to the

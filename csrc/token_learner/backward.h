@@ -72,15 +72,15 @@ static BackwardSpace backward_space(const Call& call, float* at, int64_t* floats
   const Sizes size(call);
   Space space{at};
   BackwardSpace s;
-  s.tokens = tokens(size, space);
+  s.tokens = tokens(call, size, space);
   s.hidden = space.take(size.rows * size.h), s.slope = space.take(size.rows * size.h);
   s.z = space.take(size.rows * size.h), s.dz = space.take(size.rows * size.h);
   s.weights = space.take(size.rows * size.k), s.ds = space.take(size.rows * size.k);
   s.ds_pairs = space.take((size.rows + 1) / 2 * size.k);
-  s.dx = space.take(size.rows * (call.pairs ? MAX_VECTORS * WIDTH : size.row));
+  s.dx = space.take(size.rows * (call.products == Products::single ? size.row : MAX_VECTORS * WIDTH));
   s.lift = space.take(size.rows), s.slopes = space.take(size.rows);
   s.dpooled_terms = space.take(size.k * call.c);
-  s.both = space.take(size.rows * (size.h + size.k)), s.both_rows = space.take(size.c * (call.h + call.k + 2));
+  s.both = space.take(size.rows * (size.h + size.k)), s.both_rows = space.take(size.c * (call.h + call.k + 2 * SIDE));
   s.base = space.take(size.k), s.share = space.take(size.k), s.dsum = space.take(size.k);
   s.level = space.take(size.rows), s.pooled_level = space.take(size.k), s.rise = space.take(size.k);
   s.shift = space.take(size.h);
@@ -96,7 +96,10 @@ int64_t token_learner_backward_workspace(const Call& call) {
 }
 
 template <bool PAIRS>
-static inline int64_t terms_of_both(const Call& call) { return terms<PAIRS>(call.h) + terms<PAIRS>(call.k); }
+static inline int64_t terms_of_both(const Call& call) {
+  const int64_t all = terms<PAIRS>(call.h) + terms<PAIRS>(call.k);
+  return PAIRS && in_tiles(call) ? whole_tiles(all) : all;
+}
 
 // Rows k .. k + WIDTH of what a row of the batch brings: of the gradient of what it pools, both ways round, and for
 // finished tokens dpooled . pooled in the diagonal of ds, and what is missing from it, negated, in dsum.  Tokens and
@@ -170,7 +173,8 @@ static void bring_pairs(const Backward& g, const Sizes& size, int64_t first, int
     for (int j = 0; j < n; ++j) store(to + (t + j) * WIDTH, x[j]);
   }
   if (call.divide)
-    product<true>(rows, terms_of_c, depth_of(terms_of_c), pooled, size.row, to, WIDTH, s.ds, WIDTH);
+    product<true>(rows, terms_of_c, depth_of(terms_of_c), pooled, size.row, to, WIDTH, s.ds, WIDTH,
+                  s.tokens.room);
 }
 
 // dsum = -(dpooled . pooled) is summed as x . dpooled will be: where one token has all the weight, and is what comes
@@ -247,7 +251,8 @@ static void gradients_of_tokens(const Call& call, const Sizes& size, int rows, c
     if constexpr (PAIRS)
       for (int r = 0; r < rows; ++r)  // written soon
         for (int64_t c = begin; c < end; c += 64 / sizeof(T)) __builtin_prefetch(to + r * call.c + c, 1);
-    product<PAIRS>(rows, both, both, s.both, size.h + size.k, s.both_rows + begin * both, end - begin, dx, dx_row);
+    product<PAIRS>(rows, both, both, s.both, size.h + size.k, s.both_rows + begin * both, end - begin, dx, dx_row,
+                   s.tokens.room);
     for (int r = 0; r < rows; ++r) {
       const float mean = s.tokens.mean[r];
       const Vec lift = broadcast(s.lift[r]), slope = broadcast(s.slopes[r]);
@@ -264,6 +269,12 @@ static void gradients_of_tokens(const Call& call, const Sizes& size, int rows, c
   }
 }
 
+// A row of bfloat16 is the factor of a product in tile registers, of so many pairs: zeros behind its elements.
+static inline void fill_row(const Call& call, float* row, int64_t elements, int64_t pairs) {
+  if (in_tiles(call) && elements < 2 * pairs)
+    std::memset(reinterpret_cast<bfloat16*>(row) + elements, 0, (2 * pairs - elements) * sizeof(bfloat16));
+}
+
 template <bool PAIRS>
 static void side_by_side(const Call& call, const Sizes& size, int rows, const BackwardSpace& s) {
   for (int r = 0; r < rows; ++r) {
@@ -276,6 +287,7 @@ static void side_by_side(const Call& call, const Sizes& size, int rows, const Ba
     };
     place(0, s.dz + r * size.h, size.h, s.tokens.inverse[r]);
     place((PAIRS ? 2 : 1) * terms<PAIRS>(call.h), s.weights + r * size.k, size.k, 1);
+    fill_row(call, to, 2 * terms<PAIRS>(call.h) + size.k, terms_of_both<PAIRS>(call));
   }
 }
 
@@ -304,15 +316,17 @@ static void backward_tile(const Backward& g, const Sizes& size, const Prepared& 
                 (tile.batch * call.sources[tile.source].tokens + tile.token) * call.c;
   if (rows) {
     const Raw raw = fetch<T, PAIRS>(call, tile, size, s.tokens, s.level);
-    Ahead next = next_tile<PAIRS>(call, tile, terms_of_blocks(size.h / WIDTH, rows, call.c / 2) +
-                                                  terms_of_blocks(size.c / WIDTH, call.h, terms<PAIRS>(rows)));
+    Ahead next = next_tile<PAIRS>(call, tile, steps_of_blocks(call, size.h / WIDTH, rows, call.c / 2) +
+                                                  steps_of_blocks(call, size.c / WIDTH, call.h, terms<PAIRS>(rows)));
     Ahead* const ahead = next.step ? &next : nullptr;  // its first part now, the rest during the last product
     logits<PAIRS>(call, size, p, rows, s.tokens, raw, s.z, s.hidden, s.slope, s.weights, ahead);
     const int64_t depth = depth_of(terms<PAIRS>(call.c));
     product<PAIRS>(rows, terms<PAIRS>(call.c), depth, PAIRS ? raw.pairs() : s.tokens.x, PAIRS ? raw.row / 2 : size.row,
-                   s.dpooled_terms, size.k, s.ds, size.k);
+                   s.dpooled_terms, size.k, s.ds, size.k, s.tokens.room);
     softmax_backward<PAIRS>(size, p, rows, s, sum.b2);
-    product_of_rows<PAIRS>(rows, terms<PAIRS>(call.k), terms<PAIRS>(call.k), s.ds, size.k, p.w2_rows, size.h, s.dz);
+    const int64_t terms_of_k = in_tiles(call) ? w2_rows_of(call) : terms<PAIRS>(call.k);
+    for (int r = 0; r < rows; ++r) fill_row(call, s.ds + r * size.k, size.k, terms_of_k);
+    product_of_rows<PAIRS>(rows, terms_of_k, terms_of_k, s.ds, size.k, p.w2_rows, size.h, s.dz, s.tokens.room);
     for (int64_t h = 0; h < size.h; h += WIDTH) {
       Vec total{};
       for (int64_t at = h; at < rows * size.h; at += size.h) {
@@ -323,22 +337,25 @@ static void backward_tile(const Backward& g, const Sizes& size, const Prepared& 
       store(sum.b1 + h, load(sum.b1 + h) + total);
     }
     if constexpr (PAIRS)
-      pair_tokens(s.ds, rows, size.k, s.ds_pairs), pair_rows(s.hidden, rows, size.h, size.h);
+      pair_tokens(s.ds, rows, size.k, s.ds_pairs), fill(call, s.ds_pairs, rows, size.k),
+          pair_rows(s.hidden, rows, size.h, size.h), fill(call, s.hidden, rows, size.h);
     gather<PAIRS>(rows, call.k, PAIRS ? s.ds_pairs : s.ds, size.k, s.hidden, size.h, size.h,
-                  sum.w2, size.h, !first);
+                  sum.w2, size.h, !first, s.tokens.room);
     side_by_side<PAIRS>(call, size, rows, s);
     normalise_backward(call, size, p, rows, s);
     gradients_of_tokens<T, PAIRS>(call, size, rows, s, raw, to);
     if constexpr (PAIRS) {
-      pair_dz(size, rows, s);
-      gather<PAIRS>(rows, call.h, s.dz, size.h, s.tokens.x, size.row, size.c, sum.w1, size.row, !first, ahead);
+      pair_dz(size, rows, s), fill(call, s.dz, rows, size.h);
+      gather<PAIRS>(rows, call.h, s.dz, size.h, s.tokens.x, size.row, size.c, sum.w1, size.row, !first, s.tokens.room,
+                    ahead);
     } else
       for (int64_t c = 0; c < size.c; c += DEPTH) {
         const int n = least(DEPTH, size.c - c);
         for (int r = 0; r < rows; ++r)
           for (int i = 0; i < n; i += WIDTH)
             store(s.tokens.block + r * BLOCK_ROW + i, normalised(size, s.tokens, r, c + i));
-        gather<PAIRS>(rows, call.h, s.dz, size.h, s.tokens.block, BLOCK_ROW, n, sum.w1 + c, size.row, !first);
+        gather<PAIRS>(rows, call.h, s.dz, size.h, s.tokens.block, BLOCK_ROW, n, sum.w1 + c, size.row, !first,
+                      nullptr);
       }
   }
   for (int64_t at = rows * call.c, end = tile.rows * call.c; at < end; at += WIDTH)
@@ -356,6 +373,9 @@ static void backward_item(const Backward& g, int64_t item, const BackwardSpace& 
   const int64_t w1_panel = terms<PAIRS>(call.h) * WIDTH, panel = terms_of_both<PAIRS>(call) * WIDTH;
   for (int64_t i = 0; i < size.c / WIDTH; ++i)
     std::memcpy(s.both_rows + i * panel, p.w1_rows + i * w1_panel, w1_panel * sizeof(float));
+  if (in_tiles(call))
+    for (int64_t i = 0, end = (call.h + 1) / 2 + (call.k + 1) / 2; i < size.c / WIDTH; ++i)
+      zero(s.both_rows + i * panel + end * WIDTH, panel - end * WIDTH);
   bool first = true;
   const int64_t tiles = tiles_of(call, size), begin = item / c.parts * c.rows, part = item % c.parts;
   for (int64_t batch = begin; batch < begin + c.rows && batch < call.batch; ++batch) {
@@ -378,6 +398,7 @@ static void backward_item(const Backward& g, int64_t item, const BackwardSpace& 
 
 void token_learner_backward(const Backward& g, float* workspace, int64_t begin, int64_t end) {
   const BackwardSpace space = backward_space(g.call, workspace);
+  const Amx registers(in_tiles(g.call));
   for_dtype(g.call, [&](auto type, auto pairs) {
     for (int64_t item = begin; item < end; ++item) backward_item<decltype(type), pairs>(g, item, space);
   });

@@ -97,7 +97,7 @@ struct Checked {
       call.valid = static_cast<const int64_t*>(memory("valid", *a.valid, Type::Long, {batch, call.count}));
     call.erf = a.erf, call.eps = float(a.eps), call.divide = a.divide;
     call.dtype = type == Type::Float ? Dtype::float32 : type == Type::Half ? Dtype::float16 : Dtype::bfloat16;
-    call.pairs = pairs_pay(call);
+    call.products = products_that_pay(call);
     prepared.reset(new float[MIRASOL_CALL(token_learner_prepared, call)]);
     call.prepared = prepared.get();
     multiply_adds = tokens * (double(c) * (h + k) + double(h) * k);

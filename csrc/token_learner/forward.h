@@ -28,10 +28,10 @@ static ForwardSpace forward_space(const Call& call, float* at, int64_t* floats =
   const Sizes size(call);
   Space space{at};
   ForwardSpace s;
-  s.tokens = tokens(size, space);
+  s.tokens = tokens(call, size, space);
   s.hidden = space.take(size.rows * size.h), s.weights = space.take(size.rows * size.k);
   s.seen.top = space.take(size.k), s.seen.total = space.take(size.k);
-  s.seen.sums = space.take(call.k * size.row);
+  s.seen.sums = space.take(size.k * size.row);
   if (floats) *floats = space.next - at;
   return s;
 }
@@ -106,13 +106,13 @@ static void forward_item(const Forward& f, int64_t item, ForwardSpace s) {
   for_tiles(call, size, batch, part * tiles / parts, (part + 1) * tiles / parts, [&](const Tile& tile) {
     if (!tile.real) return;
     const Raw raw = fetch<T, PAIRS>(call, tile, size, s.tokens);
-    Ahead next = next_tile<PAIRS>(call, tile, terms_of_blocks(size.h / WIDTH, tile.real, call.c / 2));
+    Ahead next = next_tile<PAIRS>(call, tile, steps_of_blocks(call, size.h / WIDTH, tile.real, call.c / 2));
     logits<PAIRS>(call, size, p, tile.real, s.tokens, raw, s.hidden, s.hidden, nullptr, s.weights,
                   next.step ? &next : nullptr);
     weigh<PAIRS>(call, size, p, tile.real, s);
-    if constexpr (PAIRS) pair_rows(s.weights, tile.real, size.k, size.k);
-    gather<PAIRS>(tile.real, call.k, s.weights, size.k, s.tokens.x, size.row, size.c, s.seen.sums, size.row,
-                  !s.seen.empty);
+    if constexpr (PAIRS) pair_rows(s.weights, tile.real, size.k, size.k), fill(call, s.weights, tile.real, size.k);
+    gather<PAIRS>(tile.real, in_tiles(call) ? size.k : call.k, s.weights, size.k, s.tokens.x, size.row, size.c,
+                  s.seen.sums, size.row, !s.seen.empty, s.tokens.room);
     s.seen.empty = false;
   });
   leave(f, size, batch, part, parts, s.seen);
@@ -120,6 +120,7 @@ static void forward_item(const Forward& f, int64_t item, ForwardSpace s) {
 
 void token_learner_forward(const Forward& f, float* workspace, int64_t begin, int64_t end) {
   const ForwardSpace space = forward_space(f.call, workspace);
+  const Amx registers(in_tiles(f.call));
   for_dtype(f.call, [&](auto type, auto pairs) {
     for (int64_t item = begin; item < end; ++item) forward_item<decltype(type), pairs>(f, item, space);
   });

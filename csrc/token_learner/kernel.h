@@ -10,6 +10,7 @@
 namespace mirasol::token_learner {
 
 using mirasol::Dtype;
+using mirasol::Products;
 
 struct Source {
   const void* data;            // (batch, tokens, c); strides in elements, the last one is 1
@@ -31,13 +32,15 @@ struct Call {
   float eps;
   bool divide;      // pooled: finished tokens; else the weighted sums of the state
   Dtype dtype;
-  // Large products of bfloat16 two terms at a time: what chips with VDPBF16PS are for, elsewhere slower.  For even c.
-  bool pairs;
+  Products products;  // the large ones; pairs: of bfloat16 with even c only, in tile registers with whole ones of c
   float* prepared;  // token_learner_prepared floats, shared by all threads
 };
 
-inline bool pairs_pay(const Call& call) {
-  return isa() >= Isa::avx512bf16 && call.dtype == Dtype::bfloat16 && call.c % 2 == 0;
+// On chips with AMX pairs are slower than floats.
+inline Products products_that_pay(const Call& call) {
+  const bool pairs = isa() >= Isa::avx512bf16 && call.dtype == Dtype::bfloat16 && call.c % 2 == 0;
+  if (isa() != Isa::amx || !pairs) return pairs ? Products::pairs : Products::single;
+  return call.c % 32 == 0 ? Products::amx : Products::single;
 }
 
 struct Forward {

@@ -3,6 +3,7 @@
 // A tile holds the raw tokens as floats, read from memory once.  Normalised tokens exist for some channels at a time,
 // as one factor of a product.  With PAIRS there is no tile of floats: factors are the raw tokens where they lie, and
 // the same as pairs of tokens.
+#include <algorithm>
 #include "common/gelu.h"
 #include "token_learner/tile.h"
 
@@ -12,11 +13,20 @@ struct Tokens {  // of a tile
   float* x;                 // (rows, row), whole vectors of c; or (rows / 2, row) pairs of tokens
   float *mean, *inverse;    // (rows): (x - mean) inverse is normalised
   float* block;             // (rows, BLOCK_ROW): of some channels, as a product wants them
+  float* room;              // of a product in tile registers, or none
 };
 
-static Tokens tokens(const Sizes& size, Space& space) {
+static Tokens tokens(const Call& call, const Sizes& size, Space& space) {
+  const int64_t columns = amx_room(SIDE, size.c + size.h + size.k);
+  const int64_t rows = amx_room(std::max(call.h, call.k), size.rows / 2);
   return {space.take(size.rows * size.row), space.take(size.rows), space.take(size.rows),
-          space.take(size.rows * BLOCK_ROW)};
+          space.take(size.rows * BLOCK_ROW), in_tiles(call) ? space.take(std::max(columns, rows)) : nullptr};
+}
+
+// What a product over tokens takes more of, in tile registers: zeros.
+static inline void fill(const Call& call, float* pairs, int tokens, int64_t row) {
+  const int64_t first = terms<true>(tokens);
+  if (in_tiles(call)) zero(pairs + first * row, (whole_tiles(first) - first) * row);
 }
 
 // The mean over channels of what add(c, Vec{}) gives; add(c, sum) adds it to a sum.
@@ -149,7 +159,13 @@ static Raw fetch_pairs(const Call& call, const Tile& tile, const Sizes& size, co
     statistics(r, m[0]);
     if (both) statistics(r + 1, m[1]);
   }
+  fill(call, to.x, tile.real, size.row);
   return raw;
+}
+
+// For the step of an Ahead.
+static inline int64_t steps_of_blocks(const Call& call, int64_t vectors, int64_t n, int64_t k) {
+  return in_tiles(call) ? amx_steps(vectors, n, k) : terms_of_blocks(vectors, n, k);
 }
 
 // The next tile of pairs, for as many terms of blocks as there will be until then.
@@ -194,11 +210,11 @@ static inline void pair_tokens(const float* x, int rows, int64_t row, float* to)
 // pairs, of both.
 template <bool PAIRS>
 static inline void product(int n, int64_t terms, int64_t depth, const Element* a, int64_t a_row, const float* panels,
-                           int64_t m, float* to, int64_t to_row, Ahead* ahead = nullptr) {
+                           int64_t m, float* to, int64_t to_row, float* room, Ahead* ahead = nullptr) {
   for (int64_t t = 0; t < terms; t += depth)
     gemm<PAIRS>({.vectors = int(m / WIDTH), .n = n, .k = least(depth, terms - t), .a = panels + t * WIDTH, .a_k = WIDTH,
                  .a_v = terms * WIDTH, .b = a + t, .b_n = a_row, .b_k = 1, .c = to, .c_n = to_row, .c_v = WIDTH,
-                 .add = t > 0, .ahead = ahead});
+                 .add = t > 0, .ahead = ahead, .tiles = room});
 }
 
 // to (rows, m) = X B over the channels, in floats, with B in panels (m / WIDTH, c, WIDTH); value(row, c): of X.
@@ -218,19 +234,21 @@ static inline void product_of_channels(const Call& call, int rows, Value value, 
 // to (n, m) = A (n, terms) B with B as rows (terms, m): the small products.
 template <bool PAIRS>
 static inline void product_of_rows(int n, int64_t terms, int64_t depth, const float* a, int64_t a_row,
-                                   const float* rows, int64_t m, float* to) {
+                                   const float* rows, int64_t m, float* to, float* room = nullptr) {
   for (int64_t t = 0; t < terms; t += depth)
     gemm<PAIRS>({.vectors = int(m / WIDTH), .n = n, .k = least(depth, terms - t), .a = rows + t * m, .a_k = m,
-                 .a_v = WIDTH, .b = a + t, .b_n = a_row, .b_k = 1, .c = to, .c_n = m, .c_v = WIDTH, .add = t > 0});
+                 .a_v = WIDTH, .b = a + t, .b_n = a_row, .b_k = 1, .c = to, .c_n = m, .c_v = WIDTH, .add = t > 0,
+                 .tiles = room});
 }
 
-// sum (n, m) += or = A^T B over the tokens, or pairs of them, with A (tokens, n) and B (tokens, m).
+// sum (n, m) += or = A^T B over the tokens, or pairs of them, with A (tokens, n) and B (tokens, m), filled.
 template <bool PAIRS>
 static inline void gather(int tokens, int64_t n, const float* a, int64_t a_row, const float* b, int64_t b_row,
-                          int64_t m, float* sum, int64_t sum_row, bool add, Ahead* ahead = nullptr) {
-  gemm<PAIRS>({.vectors = int(m / WIDTH), .n = int(n), .k = int(terms<PAIRS>(tokens)), .a = b, .a_k = b_row,
+                          int64_t m, float* sum, int64_t sum_row, bool add, float* room, Ahead* ahead = nullptr) {
+  const int64_t all = terms<PAIRS>(tokens);
+  gemm<PAIRS>({.vectors = int(m / WIDTH), .n = int(n), .k = int(room ? whole_tiles(all) : all), .a = b, .a_k = b_row,
                .a_v = WIDTH, .b = a, .b_n = 1, .b_k = a_row, .c = sum, .c_n = sum_row, .c_v = WIDTH, .add = add,
-               .ahead = ahead});
+               .ahead = ahead, .tiles = room});
 }
 
 // A vector of what a small product takes, floats or half as many bytes of bfloat16; x may start where the row of floats
@@ -250,7 +268,7 @@ static void logits(const Call& call, const Sizes& size, const Prepared& p, int r
                    float* z, float* hidden, float* slope, float* to, Ahead* ahead) {
   if constexpr (PAIRS)
     product<PAIRS>(rows, call.c / 2, depth_of(call.c / 2), raw.pairs(), raw.row / 2, p.w1_terms, size.h, z, size.h,
-                   ahead);
+                   x.room, ahead);
   else
     product_of_channels(call, rows, [&](int r, int64_t c) { return normalised(size, x, r, c); }, x.block, p.w1_terms,
                         size.h, z);

@@ -20,7 +20,8 @@ struct Problem {
   float spread = 1;   // of logits
   float mean = 0.5f;  // of tokens
   Dtype dtype = Dtype::float32;
-  bool pairs = false;
+  Products products = Products::single;
+  bool pairs() const { return products != Products::single; }
 };
 
 // Numbers with NaN before, behind and between the rows, and their memory in the dtype.
@@ -112,7 +113,7 @@ Results<Number> definition(const Problem& p, const Inputs& in, int64_t first = 0
   const int64_t c = p.c, h = p.h, k = p.k;
   const auto at = [&](int64_t i) { return (first + i) % c; };
   const auto factor = [&](Number x) {
-    return p.pairs && sizeof x == sizeof(float) ? Number(rounded(float(x), Dtype::bfloat16)) : x;
+    return p.pairs() && sizeof x == sizeof(float) ? Number(rounded(float(x), Dtype::bfloat16)) : x;
   };
   vector<Number> lse, pooled;
   Results<Number> dsources, dtables, dweights;
@@ -217,7 +218,7 @@ Results<double> on_cpu(const Problem& p, Inputs& in, int threads) {
   const auto weight = [&](int i) { return in.weights[i].data(); };
   call.weights = {weight(0), weight(1), weight(2), weight(3), weight(4), weight(5)};
   call.valid = p.valid ? in.valid.data() : nullptr;
-  call.erf = p.erf, call.eps = 1e-6f, call.divide = p.divide, call.dtype = p.dtype, call.pairs = p.pairs;
+  call.erf = p.erf, call.eps = 1e-6f, call.divide = p.divide, call.dtype = p.dtype, call.products = p.products;
   vector<float> prepared(MIRASOL_CALL(token_learner_prepared, call), NaN);
   call.prepared = prepared.data();
   run(threads, MIRASOL_CALL(token_learner_prepare_items, call), 0,
@@ -277,7 +278,7 @@ double check(const Problem& p) {
   const Results<double> exact = definition<double>(p, in), got = on_cpu(p, in, 1);
   vector<double> unavoidable(exact.size(), 0);
   const auto dtype = [&](size_t i) {  // floats, but no better than the factors that they come from
-    return !p.pairs && i < 2 ? Dtype::float32 : p.dtype;
+    return !p.pairs() && i < 2 ? Dtype::float32 : p.dtype;
   };
   for (int order = 0; order < 3; ++order) {  // one alone may be lucky
     const Results<float> low = definition<float>(p, in, order * p.c / 3);
@@ -329,15 +330,16 @@ vector<Problem> problems() {
     p.tables = draw(0, 1), p.valid = draw(0, 1), p.erf = draw(0, 1), p.divide = draw(0, 2);
     all.push_back(p);
   }
-  // In halves too, bfloat16 both ways, whichever this chip would take: the named ones in all, random ones in one.
+  // In halves too: the named ones in all ways, random ones in one.
+  const vector<Way> ways = ways_of_halves();
   for (size_t i = 0, n = all.size(); i < n; ++i)
-    for (int way = 0; way < 3; ++way) {
-      if (i >= named && int(i % 3) != way) continue;
+    for (size_t way = 0; way < ways.size(); ++way) {
+      if (i >= named && i % ways.size() != way) continue;
       Problem p = all[i];
-      p.dtype = way == 0 ? Dtype::float16 : Dtype::bfloat16, p.pairs = way == 2;
-      p.name += way == 0 ? ", float16" : p.pairs ? ", bfloat16 in pairs" : ", bfloat16";
-      if (p.pairs) p.c += p.c % 2;
-      if (way == 0 && p.spread > 1) continue;  // infinite
+      p.dtype = ways[way].dtype, p.products = ways[way].products, p.name += ways[way].name;
+      if (p.products == Products::pairs) p.c += p.c % 2;
+      if (p.products == Products::amx) p.c = (p.c + 31) / 32 * 32;
+      if (p.dtype == Dtype::float16 && p.spread > 1) continue;  // infinite
       all.push_back(p);
     }
   return all;

@@ -16,6 +16,9 @@ constexpr int AHEAD = 8;                   // rows of a tile that are on their w
 constexpr int64_t DEPTH = 128;             // terms of a product at a time: its panels stay in a first-level cache
 constexpr int64_t BLOCK_ROW = DEPTH + 16;  // an odd number of cache lines, as is Sizes::row
 
+// Of pairs, in tile registers.
+static inline bool in_tiles(const Call& call) { return WIDTH == SIDE && call.products == Products::amx; }
+
 // Of so many terms, how many to sum from zero before they join the rest: a short sum is summed in two halves, for its
 // rounding.
 static inline int64_t depth_of(int64_t terms) {
@@ -33,8 +36,12 @@ struct Sizes {
   int rows;  // tokens of a tile, at most
   explicit Sizes(const Call& call) : c(padded(call.c)), h(padded(call.h)), k(padded(call.k)) {
     row = ((call.c + 15) / 16 | 1) * 16;
-    const int64_t fit = TILE_BYTES / (row * int64_t(sizeof(float))) / 8 * 8;
-    rows = int(fit < 16 ? 16 : fit > 128 ? 128 : fit);
+    // In tile registers whole ones, of pairs of tokens; twice as many, since sums of k c and h c are then read and
+    // written half as often, and chips that have them have a cache of 2 MB.
+    const bool tiles = in_tiles(call);
+    const int64_t step = tiles ? 2 * SIDE : 8, bytes = tiles ? 2 * TILE_BYTES : TILE_BYTES;
+    const int64_t fit = bytes / (row * int64_t(sizeof(float))) / step * step, few = tiles ? step : 16;
+    rows = int(fit < few ? few : fit > 128 ? 128 : fit);
   }
 };
 
@@ -89,12 +96,14 @@ static inline void for_tiles(const Call& call, const Sizes& size, int64_t batch,
   int64_t before = 0;
   for (int64_t i = 0; i < call.count; ++i) {
     const int64_t n = call.sources[i].tokens, tiles = tiles_of(call.sources[i], size);
+    const int64_t step = tiles ? whole_tiles((n + tiles - 1) / tiles) : 0;
+    const auto begins = [&](int64_t t) { return !in_tiles(call) ? t * n / tiles : t * step < n ? t * step : n; };
     int64_t valid = call.valid ? call.valid[batch * call.count + i] : n;
     valid = valid < 0 ? 0 : valid > n ? n : valid;
     for (int64_t t = begin > before ? begin - before : 0; t < tiles && before + t < end; ++t) {
-      const int64_t first = t * n / tiles, last = (t + 1) * n / tiles;  // of nearly the same size
+      const int64_t first = begins(t), last = begins(t + 1);  // of nearly the same size
       const int real = valid <= first ? 0 : least(last - first, valid - first);
-      const int64_t next = t + 1 < tiles && before + t + 1 < end && valid > last ? (t + 2) * n / tiles - last : 0;
+      const int64_t next = t + 1 < tiles && before + t + 1 < end && valid > last ? begins(t + 2) - last : 0;
       each(Tile{i, batch, first, int(last - first), real, int(next)});
     }
     before += tiles;
@@ -111,13 +120,17 @@ struct Prepared {
   float* b2;        // (k)
 };
 
+// Rows, or pairs of them, of w2 as the factor of a product.
+static inline int64_t w2_rows_of(const Call& call) { return in_tiles(call) ? whole_tiles((call.k + 1) / 2) : call.k; }
+
 static Prepared prepared(const Call& call, float* at, int64_t* floats = nullptr) {
   const Sizes size(call);
   Space space{at};
   Prepared p;
   p.w1_terms = space.take(size.h * call.c), p.w1_rows = space.take(size.c * call.h), p.b1 = space.take(size.h);
   p.w1_mean = space.take(size.h);
-  p.w2_terms = space.take(call.h * size.k), p.w2_rows = space.take(call.k * size.h), p.b2 = space.take(size.k);
+  p.w2_terms = space.take(call.h * size.k), p.w2_rows = space.take(w2_rows_of(call) * size.h);
+  p.b2 = space.take(size.k);
   if (floats) *floats = space.next - at;
   return p;
 }
@@ -135,7 +148,8 @@ static inline void for_dtype(const Call& call, Do each) {
     case Dtype::float32: return each(float{}, std::false_type{});
     case Dtype::float16: return each(float16{}, std::false_type{});
     case Dtype::bfloat16:
-      return call.pairs ? each(bfloat16{}, std::true_type{}) : each(bfloat16{}, std::false_type{});
+      if (call.products == Products::single) return each(bfloat16{}, std::false_type{});
+      return each(bfloat16{}, std::true_type{});
   }
 }
 
@@ -182,6 +196,7 @@ static void prepare_w2(const Call& call) {
   const Prepared p = prepared(call, call.prepared);
   const Sizes size(call);
   const T *w2 = static_cast<const T*>(call.weights.w2), *b2 = static_cast<const T*>(call.weights.b2);
+  if (in_tiles(call)) zero(p.w2_rows, w2_rows_of(call) * size.h);
   for (int64_t k = 0; k < call.k; k += WIDTH) {
     for (int64_t h = 0; h < call.h; h += WIDTH) {
       const int n = least(WIDTH, call.h - h);
