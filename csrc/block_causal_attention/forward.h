@@ -64,10 +64,20 @@ static void raise_tops(const Shape& shape, float factor, int lanes, Running& run
   }
 }
 
+// Keys and values of the next block, on their way to the cache while weights are computed: these wait for no memory.
+struct Coming {
+  const char *k, *v;
+  int64_t k_step, v_step;
+  void some() {
+    __builtin_prefetch(k), __builtin_prefetch(v);
+    k += k_step, v += v_step;
+  }
+};
+
 // Products of a vector of lanes become exp(scale * product - base), and total grows by them.  As pairs, those of keys
 // 2 i and 2 i + 1 of a piece stand in its row i.
 template <bool PAIRS>
-static void weights(const Placed& x, int v, float factor, const Scores& scores, Running& run) {
+static void weights(const Placed& x, int v, float factor, const Scores& scores, Running& run, Coming& coming) {
   const Vec scale = broadcast(factor), base = load(run.base + v * WIDTH);
   const Bits mask = x.span.mask[v - x.span.first];
   float* s = scores.at(x.slot, v);
@@ -75,6 +85,7 @@ static void weights(const Placed& x, int v, float factor, const Scores& scores, 
   const auto some = [&](int key, auto n, bool masked) {
     constexpr int N = n;
     Vec p[N];
+    coming.some();
 #pragma GCC unroll 4
     for (int i = 0; i < N; ++i) p[i] = fma(load(s + (key + i) * WIDTH), scale, -base);
     exp_of_weights<PAIRS>(p);
@@ -150,7 +161,8 @@ struct Work {  // on a tile
 
 // The keys of a block that a tile sees, in steps of the softmax.
 template <Products BY, class T>
-static void forward_block(const Shape& shape, float scale, Block<BY, T>& block, Work& w, const Scores& s) {
+static void forward_block(const Shape& shape, float scale, Block<BY, T>& block, Work& w, const Scores& s,
+                          Coming& coming) {
   constexpr bool PAIRS = BY != Products::single, AMX = BY == Products::amx;
   const auto slots = [](int keys) { return AMX ? int(whole_tiles(keys)) : keys; };
   const int lanes = w.tile.lanes();
@@ -170,11 +182,24 @@ static void forward_block(const Shape& shape, float scale, Block<BY, T>& block, 
     raise_tops(shape, scale, lanes, w.run, w.out);
     for (const Placed* x = placed; x < placed + count; ++x) {
       const Scores p{s.at(x->slot, 0), s.key, s.vector};
-      for (int v = 0; v < x->span.count; ++v) weights<PAIRS>(*x, x->span.first + v, scale, s, w.run);
+      for (int v = 0; v < x->span.count; ++v) weights<PAIRS>(*x, x->span.first + v, scale, s, w.run, coming);
       if constexpr (AMX) amx_gather(x->piece.keys, x->span, p, block.values(x->piece), shape.value_dim, w.out);
       else gather<PAIRS>(x->piece.keys, x->span, p, block.values(x->piece), shape.value_dim, w.out);
     }
   }
+}
+
+// As many keys again, asked for by so many tiles, `weights` keys of a vector at a time.  Rows that are apart have a
+// prefetch of their own.
+static Coming coming_after(const Forward& f, const Tile& t, int64_t end, int tiles, int weights) {
+  const int64_t size = f.shape.dtype == Dtype::float32 ? sizeof(float) : sizeof(bfloat16);
+  const auto from = [&](const View<const void>& x) {
+    return static_cast<const char*>(x.data) + (t.batch * x.batch + t.kv_head * x.head + end * x.row) * size;
+  };
+  const auto step = [&](const View<const void>& x, int64_t dim) {
+    return x.row == dim ? dim * size * weights / (TILE_VECTORS * tiles) : 0;
+  };
+  return {from(f.k), from(f.v), step(f.k, f.shape.dim), step(f.v, f.shape.value_dim)};
 }
 
 template <class T>
@@ -240,7 +265,8 @@ static void forward_item(const Forward& f, int64_t item, int64_t split, int64_t 
     Block<BY, T> block{shape, at<const T>(f.k, any.batch, any.kv_head, key),
                        at<const T>(f.v, any.batch, any.kv_head, key), f.k.row, f.v.row, key, end,
                        k_space, v_space, piece_space};
-    for (int i = 0; i < count; ++i) forward_block(shape, scale, block, work[i], s);
+    Coming coming = coming_after(f, any, end, count, PAIRS ? 2 : 4);
+    for (int i = 0; i < count; ++i) forward_block(shape, scale, block, work[i], s, coming);
   }
   for (int i = 0; i < count; ++i) finish<T>(f, work[i], split, splits);
 }
