@@ -64,12 +64,12 @@ static inline AmxFactor amx_piece(const float* columns, int64_t row, int64_t fir
 }
 
 // As scores and gather of tile.h.
-static inline void amx_scores(int keys, const Span& s, const float* tile, int64_t dim, const Factor& k, const Scores& to,
-                       float* top = nullptr) {
+static inline void amx_scores(int keys, const Span& s, const float* tile, int64_t dim, const Factor& k,
+                              const Scores& to, float* top = nullptr) {
   const int64_t terms = amx_dim(dim) / 2;
-  amx_gemm({.vectors = s.count, .n = int(whole_tiles(keys)), .k = int(terms / SIDE), .a = tile + s.first * WIDTH * terms,
-            .a_k = WIDTH, .a_v = WIDTH * terms, .b = k.data, .b_n = k.row, .b_last = nullptr, .c = to.at(0, s.first),
-            .c_n = to.key, .c_v = to.vector});
+  amx_gemm({.vectors = s.count, .n = int(whole_tiles(keys)), .k = int(terms / SIDE),
+            .a = tile + s.first * WIDTH * terms, .a_k = WIDTH, .a_v = WIDTH * terms, .b = k.data, .b_n = k.row,
+            .c = to.at(0, s.first), .c_n = to.key, .c_v = to.vector});
   for (int v = 0; top && v < s.count; ++v) {
     const float* x = to.at(0, s.first + v);
     float* const at = top + (s.first + v) * WIDTH;
@@ -89,13 +89,14 @@ static inline void amx_gather(int keys, const Span& s, const Scores& p, const Am
   for (int v = s.first; v < s.first + s.count; ++v)
     for (int i = (keys + 1) / 2; i < whole_tiles((keys + 1) / 2); ++i) store(p.at(i, v), Vec{});
   amx_gemm({.vectors = s.count, .n = int(dim), .k = int(amx_dim(keys) / (2 * SIDE)), .a = p.at(0, s.first),
-            .a_k = p.key, .a_v = p.vector, .b = x.data, .b_n = x.row, .b_last = x.last,
+            .a_k = p.key, .a_v = p.vector, .b = x.data, .b_n = x.row,
             .c = tile + s.first * WIDTH * dim, .c_n = WIDTH, .c_v = WIDTH * dim, .add = true,
-            .mask = s.masked ? s.mask : nullptr});
+            .mask = s.masked ? s.mask : nullptr, .b_last = x.last});
 }
 
 // As scatter of backward.h; `some`: room for x.
-static inline void amx_scatter(const Piece& piece, int lanes, float* p, const float* x, int64_t dim, float* some, float* to) {
+static inline void amx_scatter(const Piece& piece, int lanes, float* p, const float* x, int64_t dim, float* some,
+                               float* to) {
   constexpr int ONE = 2 * SIDE;  // lanes of a tile register
   const int end = piece.row + piece.rows, first = piece.row / ONE * ONE, last = (end + ONE - 1) / ONE * ONE;
   const int64_t width = padded(dim);
@@ -115,8 +116,8 @@ static inline void amx_scatter(const Piece& piece, int lanes, float* p, const fl
     x = some;
   }
   amx_gemm({.vectors = int(width / WIDTH), .n = piece.keys, .k = (last - first) / ONE, .a = x + first / 2 * width,
-            .a_k = width, .a_v = WIDTH, .b = p + first / 2, .b_n = TILE, .b_last = nullptr, .c = to, .c_n = width,
-            .c_v = WIDTH, .add = true});
+            .a_k = width, .a_v = WIDTH, .b = p + first / 2, .b_n = TILE, .c = to, .c_n = width, .c_v = WIDTH,
+            .add = true});
 }
 
 // Sums of products of pairs, n <= SIDE of them, in the order in which a tile register sums them.

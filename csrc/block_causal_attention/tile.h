@@ -110,8 +110,8 @@ static inline void transposed(const Lanes<const T>& from, int lanes, int r, int6
 }
 
 // to (dim, TILE), in panels = the rows of the lanes, transposed, and 0 up to the next whole vector of lanes.  As pairs:
-// (dim / 2, TILE), elements d and d + 1 in one.  Floats are multiplied by `scale`, if it is given.  With `panel` (dim of
-// a panel, if that is more) there are zeros behind the last element.
+// (dim / 2, TILE), elements d and d + 1 in one.  Floats are multiplied by `scale`, if it is given.  `panel`: the dim of
+// a panel where that is more, with zeros behind the last element.
 template <bool PAIRS, class T>
 static void pack_transposed(const Lanes<const T>& from, int lanes, int64_t dim, float* to, float scale = 1,
                             int64_t panel = 0) {

@@ -1,5 +1,5 @@
 #pragma once
-// The product of gemm.h for pairs of bfloat16, as AMX does it: 16 rows, 16 pairs of terms and 16 lanes in an instruction
+// The product of gemm.h for pairs of bfloat16, as AMX does it: 16 rows, 16 pairs of terms and 16 lanes at a time
 // (TDPBF16PS).  B is read along its rows, so b_k is 1 here, and k comes in whole tiles, with zeros where there is
 // nothing: what is beside a zero must be finite.  For vectors as wide as a tile register.
 #include "common/half.h"
@@ -89,12 +89,12 @@ struct AmxProduct {
   int64_t a_k, a_v;  // strides, in floats as all of them
   const Element* b;  // rows up to a multiple of SIDE are read, and ignored
   int64_t b_n;
-  const Element* b_last;  // (n, SIDE): the last of the k, where it is not the one in b; or none
   float* c;
   int64_t c_n, c_v;
   bool add = false;
   const Bits* mask = nullptr;  // one per vector, or none: C of a lane that is off gets nothing, not even 0 * NaN
-  Ahead* ahead = nullptr;      // or none: steps for each row of a tile register of B, and vector of C
+  Ahead* ahead = nullptr;      // or none
+  const Element* b_last = nullptr;  // (n, SIDE): the last of the k, where it is not the one in b; or none
 };
 
 // V tile registers of C, side by side.

@@ -123,7 +123,7 @@ static inline int64_t amx_room(int64_t n, int64_t k) { return whole_tiles(n) * a
 
 static inline void amx_product(const Product& p) {
   AmxProduct whole{.vectors = p.vectors, .n = p.n, .k = p.k / SIDE, .a = p.a, .a_k = p.a_k, .a_v = p.a_v, .b = p.b,
-                   .b_n = p.b_n, .b_last = nullptr, .c = p.c, .c_n = p.c_n, .c_v = p.c_v, .add = p.add,
+                   .b_n = p.b_n, .c = p.c, .c_n = p.c_n, .c_v = p.c_v, .add = p.add,
                    .ahead = p.ahead};
   const int64_t row = amx_row_of(p.k);
   if (p.b_k == 1) {  // as it lies; the last rows, behind which there may be no memory, from a copy

@@ -5,7 +5,7 @@
 
 namespace mirasol {
 
-// Each includes those before it.  `amx` has no build of its own: kernels of avx512bf16 that have a use for AMX hold both.
+// Each includes those before it.  `amx` has no build of its own: kernels of avx512bf16 that can use it hold both.
 enum class Isa { base, avx2, avx512, avx512bf16, amx };
 
 Isa isa();  // found once; the environment variable MIRASOL_ISA=<name> lowers it, never raises it

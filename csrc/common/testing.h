@@ -59,7 +59,8 @@ inline vector<Way> ways_of_halves() {
   vector<Way> ways = {{", float16", Dtype::float16, Products::single},
                       {", bfloat16", Dtype::bfloat16, Products::single},
                       {", bfloat16 in pairs", Dtype::bfloat16, Products::pairs}};
-  if (isa() == Isa::avx512 || isa() == Isa::amx) ways.push_back({", bfloat16 in tiles", Dtype::bfloat16, Products::amx});
+  if (isa() == Isa::avx512 || isa() == Isa::amx)
+    ways.push_back({", bfloat16 in tiles", Dtype::bfloat16, Products::amx});
   return ways;
 }
 
