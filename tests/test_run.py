@@ -400,7 +400,7 @@ def test_no_picture_without_ours(tmp_path):
         ([OP, "--peer", "triton"], "got 'triton'"),
         ([OP, "--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
         ([OP, "--direction", "sideways"], "argument --direction: invalid choice: 'sideways'"),
-        ([OP, "--threads", "0"], "argument --threads: expected a positive number, got '0'"),
+        ([OP, "--threads", "0"], "argument --threads: expected a whole number above 0, got '0'"),
         ([OP, "--isa", "mmx"], "argument --isa: invalid choice: 'mmx'"),
         ([OP, "--against", "no such commit"], "no commit 'no such commit'"),
         ([OP, "--out", "{words}"], "[Errno 17] File exists: '{words}'"),

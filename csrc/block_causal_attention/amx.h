@@ -44,7 +44,7 @@ static inline void amx_columns(const T* from, int64_t stride, int rows, int64_t 
 struct AmxFactor {
   const Element* data;
   int64_t row;
-  const Element* last;  // (padded dim, SIDE): the last tile registers, or none where they are as they should be
+  const Element* last = nullptr;  // (padded dim, SIDE): the last tile registers, where these are elsewhere
 };
 
 // The columns of a piece of `keys` keys from `first` on, of `all`.  Others must not be in its last tile registers: they
@@ -63,35 +63,38 @@ static inline AmxFactor amx_piece(const float* columns, int64_t row, int64_t fir
   return piece;
 }
 
-// As scores and gather of tile.h.
-static inline void amx_scores(int keys, const Span& s, const float* tile, int64_t dim, const Factor& k,
-                              const Scores& to, float* top = nullptr) {
-  const int64_t terms = amx_dim(dim) / 2;
-  amx_gemm({.vectors = s.count, .n = int(whole_tiles(keys)), .k = int(terms / SIDE),
-            .a = tile + s.first * WIDTH * terms, .a_k = WIDTH, .a_v = WIDTH * terms, .b = k.data, .b_n = k.row,
-            .c = to.at(0, s.first), .c_n = to.key, .c_v = to.vector});
-  for (int v = 0; top && v < s.count; ++v) {
-    const float* x = to.at(0, s.first + v);
-    float* const at = top + (s.first + v) * WIDTH;
-    const Vec old = load(at);
-    Vec most[4] = {old, old, old, old};
-    int key = 0;
-    for (; key + 4 <= keys; key += 4)
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) most[i] = max(load(x + (key + i) * to.key), most[i]);
-    for (; key < keys; ++key) most[0] = max(load(x + key * to.key), most[0]);
-    const Vec all = max(max(most[0], most[1]), max(most[2], most[3]));
-    store(at, s.masked ? select(s.mask[v], all, old) : all);
-  }
+// Whether all columns are finite; what is not becomes 0.
+static inline bool amx_finite(float* columns, int64_t row, int keys, int64_t dim) {
+  typedef uint16_t All __attribute__((vector_size(4 * WIDTH)));
+  const auto each = [&](auto use) {
+    for (int64_t d = 0; d < padded(dim); ++d)
+      for (int64_t i = 0; i < whole_tiles((keys + 1) / 2); i += WIDTH) {
+        float* const at = columns + d * row + i;
+        const All x = (All)load(at);
+        use(at, x, (x & 0x7f80) == 0x7f80);
+      }
+  };
+  Bits bad{};
+  each([&](float*, All, auto infinite) { bad |= (Bits)infinite; });
+  if (!any(bad != 0)) return true;
+  each([&](float* at, All x, auto infinite) { store(at, (Vec)(x & ~(All)infinite)); });
+  return false;
 }
 
-static inline void amx_gather(int keys, const Span& s, const Scores& p, const AmxFactor& x, int64_t dim, float* tile) {
-  for (int v = s.first; v < s.first + s.count; ++v)
-    for (int i = (keys + 1) / 2; i < whole_tiles((keys + 1) / 2); ++i) store(p.at(i, v), Vec{});
-  amx_gemm({.vectors = s.count, .n = int(dim), .k = int(amx_dim(keys) / (2 * SIDE)), .a = p.at(0, s.first),
-            .a_k = p.key, .a_v = p.vector, .b = x.data, .b_n = x.row,
-            .c = tile + s.first * WIDTH * dim, .c_n = WIDTH, .c_v = WIDTH * dim, .add = true,
-            .mask = s.masked ? s.mask : nullptr, .b_last = x.last});
+// As scores and gather of tile.h, for `count` vectors from `first` on.
+static inline void amx_scores(int keys, int first, int count, const float* tile, int64_t dim, const Factor& k,
+                              const Scores& to) {
+  const int64_t terms = amx_dim(dim) / 2;
+  amx_gemm({.vectors = count, .n = int(whole_tiles(keys)), .k = int(terms / SIDE), .a = tile + first * WIDTH * terms,
+            .a_k = WIDTH, .a_v = WIDTH * terms, .b = k.data, .b_n = k.row, .c = to.at(0, first), .c_n = to.key,
+            .c_v = to.vector});
+}
+
+static inline void amx_gather(int keys, int first, int count, const Scores& p, const AmxFactor& x, int64_t dim,
+                              float* tile, const Bits* mask = nullptr) {
+  amx_gemm({.vectors = count, .n = int(dim), .k = int(amx_dim(keys) / (2 * SIDE)), .a = p.at(0, first), .a_k = p.key,
+            .a_v = p.vector, .b = x.data, .b_n = x.row, .c = tile + first * WIDTH * dim, .c_n = WIDTH,
+            .c_v = WIDTH * dim, .add = true, .mask = mask, .b_last = x.last});
 }
 
 // As scatter of backward.h; `some`: room for x.

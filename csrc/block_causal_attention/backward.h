@@ -203,11 +203,16 @@ static inline void amx_backward_piece(const Shape& shape, const Chunk& chunk, in
   const Span s = span(piece, lanes);
   const int64_t key = piece.key - chunk.key, row = amx_dim(shape.dim) / 2, value_row = amx_dim(shape.value_dim) / 2;
   const int all = int(chunk.end - chunk.key);
-  amx_scores(piece.keys, s, b.q_t, shape.dim, {b.k + key * row, row}, {b.p, TILE, WIDTH});
-  amx_scores(piece.keys, s, b.dout_t, shape.value_dim, {b.v + key * value_row, value_row}, {b.ds, TILE, WIDTH});
+  amx_scores(piece.keys, s.first, s.count, b.q_t, shape.dim, {b.k + key * row, row}, {b.p, TILE, WIDTH});
+  amx_scores(piece.keys, s.first, s.count, b.dout_t, shape.value_dim, {b.v + key * value_row, value_row},
+             {b.ds, TILE, WIDTH});
   softmax_backward<true>(piece.keys, s, rows, scale_left<true>(shape), b);
-  amx_gather(piece.keys, s, {b.ds_terms, TILE, WIDTH},
-             amx_piece(b.k_terms, amx_keys(all) / 2, key, piece.keys, all, shape.dim, b.last_keys), shape.dim, b.dq_t);
+  for (int v = s.first; v < s.first + s.count; ++v)
+    for (int64_t i = (piece.keys + 1) / 2; i < whole_tiles((piece.keys + 1) / 2); ++i)
+      store(b.ds_terms + i * TILE + v * WIDTH, Vec{});
+  amx_gather(piece.keys, s.first, s.count, {b.ds_terms, TILE, WIDTH},
+             amx_piece(b.k_terms, amx_keys(all) / 2, key, piece.keys, all, shape.dim, b.last_keys), shape.dim, b.dq_t,
+             s.masked ? s.mask : nullptr);
   amx_scatter(piece, lanes, b.p, b.dout, shape.value_dim, b.some_dout, b.dv + key * padded(shape.value_dim));
   amx_scatter(piece, lanes, b.ds, b.q, shape.dim, b.some_q, b.dk + key * padded(shape.dim));
 }

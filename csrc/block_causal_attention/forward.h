@@ -32,7 +32,7 @@ static Space space_of(const Shape& shape) {
     case Products::amx: break;
   }
   const int64_t row = amx_dim(shape.dim) / 2;
-  return {(keys + SIDE) * row, value_width * amx_keys(keys) / 2, value_width * SIDE, row * TILE, out};
+  return {(keys + SIDE) * row, value_width * amx_keys(keys) / 2, 0, row * TILE, out};
 }
 
 struct Running {  // of the softmax, per lane of the tile
@@ -73,6 +73,79 @@ struct Coming {
     k += k_step, v += v_step;
   }
 };
+
+struct AmxStep {  // keys of a block and the vectors of rows that see them
+  const uint64_t* seen;  // rows, of each key
+  bool masked;
+  int keys, first, count;
+};
+
+static inline Bits amx_mask(uint64_t rows, int v) {
+  Words lane;
+  for (int i = 0; i < WIDTH; ++i) lane[i] = 1u << i;
+  return (Bits)((lane & uint32_t(rows >> (v * WIDTH))) != 0u);
+}
+
+// The largest product of each row of a vector.
+static inline void amx_top(const AmxStep& step, int v, const Scores& s, float* top) {
+  const float* const x = s.at(0, v);
+  Vec most[4];
+  for (Vec& each : most) each = load(top + v * WIDTH);
+  const auto one = [&](int key, Vec& to) {
+    const Vec y = load(x + key * WIDTH);
+    to = max(step.masked ? select(amx_mask(step.seen[key], v), y, to) : y, to);
+  };
+  int key = 0;
+  for (; key + 4 <= step.keys; key += 4)
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) one(key + i, most[i]);
+  for (; key < step.keys; ++key) one(key, most[0]);
+  store(top + v * WIDTH, max(max(most[0], most[1]), max(most[2], most[3])));
+}
+
+// As weights, in pairs of keys, and zeros up to whole tile registers.
+static inline void amx_weights(const AmxStep& step, int v, float factor, const Scores& scores, Running& run,
+                               Coming& coming) {
+  const Vec scale = broadcast(factor), base = load(run.base + v * WIDTH);
+  float* const s = scores.at(0, v);
+  Vec total{};
+  const auto weight = [&](int key) {
+    const Vec p = exp_for_bfloat16(fma(load(s + key * WIDTH), scale, -base));
+    return step.masked ? keep(amx_mask(step.seen[key], v), p) : p;
+  };
+  int key = 0;
+  for (; key + 2 <= step.keys; key += 2) {
+    coming.some();
+    const Vec a = weight(key), b = weight(key + 1);
+    total += a;
+    total += b;
+    store(s + key / 2 * WIDTH, pair(a, b));
+  }
+  if (key < step.keys) {
+    const Vec a = weight(key);
+    total += a;
+    store(s + key / 2 * WIDTH, pair(a, Vec{}));
+  }
+  for (int64_t i = (step.keys + 1) / 2; i < whole_tiles((step.keys + 1) / 2); ++i) store(s + i * WIDTH, Vec{});
+  store(run.total + v * WIDTH, load(run.total + v * WIDTH) + total);
+}
+
+// What values bring that are not finite, to the rows that see them.
+template <class T>
+static void amx_rest(const AmxStep& step, const Scores& s, const T* values, int64_t stride, int64_t dim, float* out) {
+  for (int key = 0; key < step.keys; ++key)
+    for (int64_t d = 0; d < dim; ++d) {
+      const uint32_t bits = values[key * stride + d].bits;
+      if ((bits & 0x7f80u) != 0x7f80u) continue;
+      const Vec value = (Vec)(Words{} + (bits << 16));
+      for (int v = step.first; v < step.first + step.count; ++v) {
+        const Words two = (Words)load(s.at(key / 2, v));
+        const Vec p = (Vec)(key % 2 ? two & 0xffff0000u : two << 16);
+        float* const to = out + v * WIDTH * dim + d * WIDTH;
+        store(to, load(to) + keep(amx_mask(step.seen[key], v), p * value));
+      }
+    }
+}
 
 // Products of a vector of lanes become exp(scale * product - base), and total grows by them.  As pairs, those of keys
 // 2 i and 2 i + 1 of a piece stand in its row i.
@@ -115,7 +188,7 @@ struct Block {
   const Shape& shape;
   const T *k, *v;
   int64_t k_stride, v_stride, key, end;
-  float *k_space, *v_space, *piece_space;
+  float *k_space, *v_space, *piece_space = nullptr;
   Factor k_rows = {}, v_terms = {};
 
   Factor keys(const Piece& piece) {
@@ -137,18 +210,17 @@ struct Block<Products::amx, T> {
   const Shape& shape;
   const T *k, *v;
   int64_t k_stride, v_stride, key, end;
-  float *k_space, *v_space, *piece_space;
-  bool k_ready = false, v_ready = false;
+  float *k_space, *v_space;
+  bool ready = false, finite = true;  // of v; others are 0 in v_space
 
-  Factor keys(const Piece& piece) {
-    const int64_t row = amx_dim(shape.dim) / 2;
-    if (!k_ready) amx_rows(k, k_stride, int(end - key), shape.dim, k_space), k_ready = true;
-    return {k_space + (piece.key - key) * row, row};
-  }
-  AmxFactor values(const Piece& piece) {
+  int64_t columns() const { return amx_keys(end - key) / 2; }
+  void prepare() {
+    if (ready) return;
     const int keys = int(end - key);
-    if (!v_ready) amx_columns(v, v_stride, keys, shape.value_dim, v_space, amx_keys(keys) / 2), v_ready = true;
-    return amx_piece(v_space, amx_keys(keys) / 2, piece.key - key, piece.keys, keys, shape.value_dim, piece_space);
+    amx_rows(k, k_stride, keys, shape.dim, k_space);
+    amx_columns(v, v_stride, keys, shape.value_dim, v_space, columns());
+    finite = amx_finite(v_space, columns(), keys, shape.value_dim);
+    ready = true;
   }
 };
 
@@ -163,8 +235,7 @@ struct Work {  // on a tile
 template <Products BY, class T>
 static void forward_block(const Shape& shape, float scale, Block<BY, T>& block, Work& w, const Scores& s,
                           Coming& coming) {
-  constexpr bool PAIRS = BY != Products::single, AMX = BY == Products::amx;
-  const auto slots = [](int keys) { return AMX ? int(whole_tiles(keys)) : keys; };
+  constexpr bool PAIRS = BY == Products::pairs;
   const int lanes = w.tile.lanes();
   Placed placed[FORWARD_KEYS];
   Piece piece;
@@ -172,21 +243,50 @@ static void forward_block(const Shape& shape, float scale, Block<BY, T>& block, 
   bool more = next(w.sweep, FORWARD_KEYS, piece);
   while (more) {
     int count = 0;
-    for (int slot = 0; more && slot + slots(piece.keys) <= FORWARD_KEYS; more = next(w.sweep, FORWARD_KEYS, piece)) {
+    for (int slot = 0; more && slot + piece.keys <= FORWARD_KEYS; more = next(w.sweep, FORWARD_KEYS, piece)) {
       Placed& x = placed[count++] = {piece, span(piece, lanes), slot};
-      const Scores to{s.at(slot, 0), s.key, s.vector};
-      if constexpr (AMX) amx_scores(piece.keys, x.span, w.q, shape.dim, block.keys(piece), to, w.run.fresh);
-      else scores<PAIRS>(piece.keys, x.span, w.q, shape.dim, block.keys(piece), to, w.run.fresh);
-      slot += slots(piece.keys);
+      scores<PAIRS>(piece.keys, x.span, w.q, shape.dim, block.keys(piece),
+                    {s.at(slot, 0), s.key, s.vector}, w.run.fresh);
+      slot += piece.keys;
     }
     raise_tops(shape, scale, lanes, w.run, w.out);
     for (const Placed* x = placed; x < placed + count; ++x) {
-      const Scores p{s.at(x->slot, 0), s.key, s.vector};
       for (int v = 0; v < x->span.count; ++v) weights<PAIRS>(*x, x->span.first + v, scale, s, w.run, coming);
-      if constexpr (AMX) amx_gather(x->piece.keys, x->span, p, block.values(x->piece), shape.value_dim, w.out);
-      else gather<PAIRS>(x->piece.keys, x->span, p, block.values(x->piece), shape.value_dim, w.out);
+      gather<PAIRS>(x->piece.keys, x->span, {s.at(x->slot, 0), s.key, s.vector}, block.values(x->piece),
+                    shape.value_dim, w.out);
     }
   }
+}
+
+// The same in tile registers: all keys of the block that a row of the tile sees, in one step.  What a row does not see
+// has a weight of 0, and meets a value that is finite: where pieces are short, as in text, products would do little else
+// than begin and end.
+template <class T>
+static void forward_block(const Shape& shape, float scale, Block<Products::amx, T>& block, Work& w, const Scores& s,
+                          Coming& coming) {
+  const uint64_t live = bits(0, w.tile.lanes());
+  uint64_t seen[FORWARD_KEYS] = {}, any = 0, all = live;  // rows, of a key
+  int first = FORWARD_KEYS, last = 0;
+  Piece piece;
+  w.sweep.end = block.end;
+  while (next(w.sweep, FORWARD_KEYS, piece)) {
+    const int from = int(piece.key - block.key), to = from + piece.keys;
+    for (int key = from; key < to; ++key) seen[key] |= bits(piece.row, piece.row + piece.rows);
+    first = std::min(first, from), last = std::max(last, to);
+  }
+  if (first >= last) return;
+  first = first / (2 * SIDE) * (2 * SIDE);  // rows of transposed values lie in whole lines from there
+  for (int key = first; key < last; ++key) any |= seen[key], all &= seen[key];
+  block.prepare();
+  const int begin = __builtin_ctzll(any) / WIDTH, end = (64 - __builtin_clzll(any) + WIDTH - 1) / WIDTH;
+  const AmxStep step{seen + first, all != live, last - first, begin, end - begin};
+  const int64_t row = amx_dim(shape.dim) / 2;
+  amx_scores(step.keys, step.first, step.count, w.q, shape.dim, {block.k_space + first * row, row}, s);
+  for (int v = begin; v < end; ++v) amx_top(step, v, s, w.run.fresh);
+  raise_tops(shape, scale, w.tile.lanes(), w.run, w.out);
+  for (int v = begin; v < end; ++v) amx_weights(step, v, scale, s, w.run, coming);
+  amx_gather(step.keys, begin, end - begin, s, {block.v_space + first / 2, block.columns()}, shape.value_dim, w.out);
+  if (!block.finite) amx_rest(step, s, block.v + first * block.v_stride, block.v_stride, shape.value_dim, w.out);
 }
 
 // As many keys again, asked for by so many tiles, `weights` keys of a vector at a time.  Rows that are apart have a
@@ -260,11 +360,13 @@ static void forward_item(const Forward& f, int64_t item, int64_t split, int64_t 
     if (key >= to) break;
     // Blocks end at multiples of their length, so that it is the same for a tile which others share them.
     const int64_t edge = std::min(to, (key / keys + 1) * keys);
+    if (BY == Products::amx) key = key / keys * keys;  // they begin there too, and so do terms of a tile register
     int64_t end = key;
     for (int i = 0; i < count; ++i) end = seen_until(work[i].sweep, edge, end);
     Block<BY, T> block{shape, at<const T>(f.k, any.batch, any.kv_head, key),
                        at<const T>(f.v, any.batch, any.kv_head, key), f.k.row, f.v.row, key, end,
-                       k_space, v_space, piece_space};
+                       k_space, v_space};
+    if constexpr (BY == Products::pairs) block.piece_space = piece_space;
     Coming coming = coming_after(f, any, end, count, PAIRS ? 2 : 4);
     for (int i = 0; i < count; ++i) forward_block(shape, scale, block, work[i], s, coming);
   }
