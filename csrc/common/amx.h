@@ -76,8 +76,8 @@ struct Amx {
 };
 #endif
 
-// Memory that is on its way to a cache while something is computed, `step` bytes for each term of a block of C: at the
-// pace of a product, where a loop of its own would have to wait for it.
+// Memory that is on its way to a cache while something is computed, `step` bytes for each term of a block of C, or tile
+// register of terms: at the pace of a product, where a loop of its own would have to wait for it.
 struct Ahead {
   const char* next;
   int64_t step;
