@@ -265,7 +265,7 @@ template <class T>
 static void forward_block(const Shape& shape, float scale, Block<Products::amx, T>& block, Work& w, const Scores& s,
                           Coming& coming) {
   const uint64_t live = bits(0, w.tile.lanes());
-  uint64_t seen[FORWARD_KEYS] = {}, any = 0, all = live;  // rows, of a key
+  uint64_t seen[FORWARD_KEYS] = {}, some = 0, each = live;  // rows: of a key, of some key, of each
   int first = FORWARD_KEYS, last = 0;
   Piece piece;
   w.sweep.end = block.end;
@@ -276,10 +276,10 @@ static void forward_block(const Shape& shape, float scale, Block<Products::amx, 
   }
   if (first >= last) return;
   first = first / (2 * SIDE) * (2 * SIDE);  // rows of transposed values lie in whole lines from there
-  for (int key = first; key < last; ++key) any |= seen[key], all &= seen[key];
+  for (int key = first; key < last; ++key) some |= seen[key], each &= seen[key];
   block.prepare();
-  const int begin = __builtin_ctzll(any) / WIDTH, end = (64 - __builtin_clzll(any) + WIDTH - 1) / WIDTH;
-  const AmxStep step{seen + first, all != live, last - first, begin, end - begin};
+  const int begin = __builtin_ctzll(some) / WIDTH, end = (TILE - __builtin_clzll(some) + WIDTH - 1) / WIDTH;
+  const AmxStep step{seen + first, each != live, last - first, begin, end - begin};
   const int64_t row = amx_dim(shape.dim) / 2;
   amx_scores(step.keys, step.first, step.count, w.q, shape.dim, {block.k_space + first * row, row}, s);
   for (int v = begin; v < end; ++v) amx_top(step, v, s, w.run.fresh);

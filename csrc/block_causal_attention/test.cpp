@@ -108,6 +108,13 @@ bool unchanged(Tensor& before, Tensor& after, int64_t b, int64_t n) {
   return same;
 }
 
+bool lost(Tensor& x, int64_t b, int64_t n) {  // nothing of row n is finite
+  bool finite = false;
+  for (int64_t h = 0; h < x.sizes[1]; ++h)
+    for (int64_t d = 0; d < x.sizes[3]; ++d) finite |= bool(std::isfinite(x(b, h, n, d)));
+  return !finite;
+}
+
 int failures = 0;
 
 void expect(bool fine, const Problem& p, const std::string& what) {
@@ -172,6 +179,9 @@ double check(const Problem& p) {
   for (int64_t i = 0; i < s.q_len; ++i)
     expect(sees(p, b, i, key) || (unchanged(r.out, with_key.out, b, i) && unchanged(r.dq, with_key.dq, b, i)), p,
            "row " + std::to_string(i) + " met a key that it does not see");
+  for (int64_t i = 0; i < s.q_len; ++i)
+    expect(!sees(p, b, i, key) || lost(with_key.out, b, i), p,
+           "row " + std::to_string(i) + " passed over a key that it sees");
   for (int64_t i = 0; i < s.k_len; ++i)
     expect(sees(p, b, row, i) || (unchanged(r.dk, with_row.dk, b, i) && unchanged(r.dv, with_row.dv, b, i)), p,
            "key " + std::to_string(i) + " met a row that does not see it");
