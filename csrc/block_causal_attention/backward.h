@@ -200,7 +200,8 @@ static void backward_piece(const Backward& g, const Chunk& chunk, const Tile& t,
 // The same with the keys of the chunk ready in b.
 static inline void amx_backward_piece(const Shape& shape, const Chunk& chunk, int lanes, const Rows& rows,
                                       const Buffers& b, const Piece& piece) {
-  const Span s = span(piece, lanes);
+  Span s = span(piece, lanes);
+  s.masked |= (piece.row + piece.rows) % WIDTH != 0;  // lanes behind the last have zeros, and keys may be infinite
   const int64_t key = piece.key - chunk.key, row = amx_dim(shape.dim) / 2, value_row = amx_dim(shape.value_dim) / 2;
   const int all = int(chunk.end - chunk.key);
   amx_scores(piece.keys, s.first, s.count, b.q_t, shape.dim, {b.k + key * row, row}, {b.p, TILE, WIDTH});

@@ -30,6 +30,7 @@ class Amx {
     for (int i = 0; i < 8; ++i) config.bytes[i] = 64, config.rows[i] = SIDE;
     amx_fence();
     if (on) _tile_loadconfig(&config);
+    amx_fence();
   }
   ~Amx() {
     if (on) _tile_release();
@@ -159,14 +160,18 @@ static inline void amx_columns_of(const AmxProduct& p, int v) {
       amx_row<V>(p, a, b, b_last, c, p.c_n, p.c_v, p.add);
       continue;
     }
-    alignas(64) float sums[V][SIDE * SIDE];
-    amx_row<V>(p, a, b, b_last, sums[0], SIDE, SIDE * SIDE, false);
-    for (int i = 0; i < V; ++i)
-      for (int r = 0; r < rows; ++r) {
-        const Vec x = load(sums[i] + r * SIDE), sum = p.mask ? keep(p.mask[v + i], x) : x;
-        float* const to = c + r * p.c_n + i * p.c_v;
-        store(to, p.add ? load(to) + sum : sum);
-      }
+    alignas(64) float sums[V][SIDE * SIDE] = {};
+    const auto each = [&](auto use) {
+      for (int i = 0; i < V; ++i)
+        for (int r = 0; r < rows; ++r) use(i, sums[i] + r * SIDE, c + r * p.c_n + i * p.c_v);
+    };
+    const bool into = p.add && !p.mask;  // as whole ones are: a row's bits do not depend on how many there are
+    if (into) each([](int, float* sum, const float* to) { store(sum, load(to)); });
+    amx_row<V>(p, a, b, b_last, sums[0], SIDE, SIDE * SIDE, into);
+    each([&](int i, const float* sum, float* to) {
+      const Vec x = p.mask ? keep(p.mask[v + i], load(sum)) : load(sum);
+      store(to, p.add && !into ? load(to) + x : x);
+    });
   }
 }
 
