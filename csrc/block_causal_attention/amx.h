@@ -11,7 +11,6 @@ static inline int64_t amx_dim(int64_t dim) { return whole_tiles((dim + 1) / 2) *
 // first-level cache.
 static inline int64_t amx_keys(int64_t keys) { return (amx_dim(keys) / 32 + 1) / 2 * 64 + 32; }
 
-
 // to (rows, amx_dim) = the rows, and zeros behind each.
 template <class T>
 static inline void amx_rows(const T* from, int64_t stride, int rows, int64_t dim, float* to) {
@@ -50,7 +49,7 @@ struct AmxFactor {
 // The columns of a piece of `keys` keys from `first` on, of `all`.  Others must not be in its last tile registers: they
 // would meet weights of 0, and may be anything.
 static inline AmxFactor amx_piece(const float* columns, int64_t row, int64_t first, int keys, int all, int64_t dim,
-                           float* last) {
+                                  float* last) {
   const int rest = keys % (2 * SIDE);
   const char* const data = reinterpret_cast<const char*>(columns) + first * sizeof(bfloat16);
   AmxFactor piece{reinterpret_cast<const Element*>(data), row, nullptr};

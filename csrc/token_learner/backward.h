@@ -374,7 +374,7 @@ static void backward_item(const Backward& g, int64_t item, const BackwardSpace& 
   for (int64_t i = 0; i < size.c / WIDTH; ++i)
     std::memcpy(s.both_rows + i * panel, p.w1_rows + i * w1_panel, w1_panel * sizeof(float));
   if (in_tiles(call))
-    for (int64_t i = 0, end = (call.h + 1) / 2 + (call.k + 1) / 2; i < size.c / WIDTH; ++i)
+    for (int64_t i = 0, end = terms<PAIRS>(call.h) + terms<PAIRS>(call.k); i < size.c / WIDTH; ++i)
       zero(s.both_rows + i * panel + end * WIDTH, panel - end * WIDTH);
   bool first = true;
   const int64_t tiles = tiles_of(call, size), begin = item / c.parts * c.rows, part = item % c.parts;

@@ -121,7 +121,7 @@ struct Prepared {
 };
 
 // Rows, or pairs of them, of w2 as the factor of a product.
-static inline int64_t w2_rows_of(const Call& call) { return in_tiles(call) ? whole_tiles((call.k + 1) / 2) : call.k; }
+static inline int64_t w2_rows_of(const Call& call) { return in_tiles(call) ? whole_tiles(terms<true>(call.k)) : call.k; }
 
 static Prepared prepared(const Call& call, float* at, int64_t* floats = nullptr) {
   const Sizes size(call);
