@@ -26,13 +26,15 @@ def count_frames(samples: int, window: int, hop: int) -> int:
 
 
 def mel_filters(mel_bins: int, fft: int, sample_rate: int) -> Tensor:
-    """(mel_bins, fft // 2) float32: triangles linear in mel = 1127 ln(1 + f/700), from 20 Hz to half the rate.
+    """(mel_bins, fft // 2) float64: triangles linear in mel = 1127 ln(1 + f/700), from 20 Hz to half the rate.
 
-    In float32 like the original, as is the window: the rounding of these tables is worth 1e-5 in the result.
+    The original computes them in float32, where the logarithm's last bit is worth 1e-5 and differs between processors;
+    rounded from float64 they are the same everywhere, and as near to the original's as two machines' are to each other.
     """
-    lowest, highest = (1127.0 * math.log(1.0 + hertz / 700.0) for hertz in (LOWEST_HZ, sample_rate / 2))
-    edges = lowest + torch.arange(mel_bins + 2)[:, None] * ((highest - lowest) / (mel_bins + 1))  # (mel_bins + 2, 1)
-    bins = 1127.0 * (1.0 + torch.arange(fft // 2) * (sample_rate / fft) / 700.0).log()  # (fft // 2)
+    lowest, highest = (1127.0 * math.log(1.0 + hz / 700.0) for hz in (LOWEST_HZ, sample_rate / 2))
+    edges = torch.linspace(lowest, highest, mel_bins + 2, dtype=torch.float64)[:, None]  # (mel_bins + 2, 1)
+    hertz = torch.arange(fft // 2, dtype=torch.float64) * (sample_rate / fft)
+    bins = 1127.0 * (1.0 + hertz / 700.0).log()  # (fft // 2)
     rising = (bins - edges[:-2]) / (edges[1:-1] - edges[:-2])
     falling = (edges[2:] - bins) / (edges[2:] - edges[1:-1])
     return torch.minimum(rising, falling).clamp(min=0)

@@ -14,7 +14,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from mirasol_kernels import Ranks
+from mirasol_kernels import Ranks, use_backend
+from mirasol_kernels._check import peak
 from mirasol_model import Mirasol, MirasolOutput
 from mirasol_model.parallel import SnippetParallel, shard
 from tests.model.clips import VARIANTS, clip, model, words
@@ -74,15 +75,22 @@ def compare(ranks: Ranks, variant: str, recompute: str, names: list[str]) -> Non
 
 
 def in_float32(ranks: Ranks, variant: str) -> None:
-    """Through the compiled kernels where they are: as near to float64 as one process in float32 is."""
+    """Through the compiled kernels where they are: as near to float64 as one process in float32 is. From one order of
+    summation to another that differs by more than two, and ranks are one more: of three orders the worst is taken."""
     torch.manual_seed(1)
     made, call = model(variant), calls()["whole"]
-    exact = results(made, made, call)
+    exact = layer_by_layer(results(made, made, call))
     made, call = made.float(), {name: x.float() if x.is_floating_point() else x for name, x in call.items()}
-    low, got = results(made, made, call), results(SnippetParallel(made, ranks), made, call, ranks.size)
-    low, got, exact = (layer_by_layer(x) for x in (low, got, exact))
+    got = layer_by_layer(results(SnippetParallel(made, ranks), made, call, ranks.size))
+    lows = [results(made, made, call)]
+    with use_backend("reference"):
+        lows.append(results(made, made, call))
+    by_snippets = model(variant, recompute="snippet").float()
+    by_snippets.load_state_dict(made.state_dict())
+    lows = [layer_by_layer(x) for x in (*lows, results(by_snippets, by_snippets, call))]
     for name, x in exact.items():
-        assert_within_budget(got[name], low[name], x, what=f"{variant} float32 {name}")
+        worst = max((low[name] for low in lows), key=lambda low: peak(low - x))
+        assert_within_budget(got[name], worst, x, what=f"{variant} float32 {name}")
 
 
 def layer_by_layer(results: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

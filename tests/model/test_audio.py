@@ -8,13 +8,15 @@ from torch.nn import functional as F
 
 from mirasol_model.audio import AUDIOSET_MEAN, AUDIOSET_STD, SILENCE, LogMel, mel_filters
 from mirasol_model.encoders import AudioTokenizer
-from tests.numerics import assert_close_fp64, assert_golden, golden
+from tests.numerics import assert_close_fp64, assert_golden, golden, peak
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_kaldi_numbers(dtype):
     data = golden("extra/ast_frontend")
-    assert_golden(mel_filters(128, 512, 16000), data["mid.mel_banks"])
+    # The original's table is made in float32, of mel values up to 129 times the distance of two triangles.
+    rounding = 129 * torch.finfo(torch.float32).eps
+    assert peak(mel_filters(128, 512, 16000) - torch.from_numpy(data["mid.mel_banks"])) <= rounding
     log_mel = LogMel().to(dtype)
     mel = log_mel(torch.from_numpy(data["in.waveform"]).to(dtype))[0]
     assert len(mel) == log_mel.frames(8000) == len(data["out.fbank"]) == 48
