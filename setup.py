@@ -126,7 +126,7 @@ def build(library: str, work: Path, out: Path) -> None:
     if torch is None:
         raise RuntimeError("torch not found; install torch first, then use --no-build-isolation")
     configure = [f"-DMIRASOL_LIBRARY={library}", f"-DMIRASOL_TORCH={torch}", "-DMIRASOL_TESTS=OFF"]
-    configure += ["-DCMAKE_BUILD_TYPE=Release", f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={out}"]
+    configure.append(f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={out}")
     if library == "cuda":
         configure.append(f"-DCMAKE_CUDA_COMPILER={find_nvcc()}")
     if usable("ninja"):

@@ -20,6 +20,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reas
 
 ROOT = Path(__file__).parents[1]
 PACKAGED = ("mirasol_kernels", "mirasol_model", "csrc")
+OPTIMISED = {"CMAKE_BUILD_TYPE": ""}  # as users build; else Debug, in a fifth of the time: the way of a build is tried
 NO_TOOLKIT = "no CUDA toolkit (nvcc)"
 compiled = pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "c++")), reason="no C++ compiler")
 
@@ -48,6 +49,7 @@ class Environment:
         """Output and errors of `python command`; ok: whether it must succeed, None if either will do."""
         clean = {k: v for k, v in os.environ.items() if not k.startswith("MIRASOL_") and k != "PYTHONPATH"}
         clean["PATH"] += f"{os.pathsep}{Path(sys.executable).parent}"  # cmake and ninja, where the system has none
+        clean["CMAKE_BUILD_TYPE"] = "Debug"
         done = subprocess.run(
             [str(self.python), *map(str, command)],
             cwd=self.home,  # not the repository: what is installed must be what is found
@@ -121,7 +123,7 @@ def test_wheel_without_build_isolation(env, tree, tmp_path):
     (tree / "mirasol_kernels/_inspect.so").touch()
     (tree / "build/lib/mirasol_kernels").mkdir(parents=True)
     (tree / "build/lib/mirasol_kernels/stale.py").touch()
-    env.pip("wheel", "--no-build-isolation", "--no-deps", "-w", tmp_path, tree, MIRASOL_BUILD="cpu")
+    env.pip("wheel", "--no-build-isolation", "--no-deps", "-w", tmp_path, tree, MIRASOL_BUILD="cpu", **OPTIMISED)
     (wheel,) = tmp_path.glob("*.whl")
     assert wheel.name.endswith(f"-py3-none-linux_{platform.machine()}.whl")
     files = zipfile.ZipFile(wheel).namelist()

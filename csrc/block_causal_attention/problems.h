@@ -205,32 +205,33 @@ vector<vector<T>> definition(const Problem& p, Inputs& in, int64_t first = 0) {
         for (Range r : p.sees[b % p.sees.size()][row])
           for (int64_t key = r.first; key < r.second; ++key) keys.push_back(key);
         vector<T> weight, o(s.value_dim), g(s.dim);
+        const float *const q = &in.q(b, h, row, 0), *const dout = &in.dout(b, h, row, 0);
         T top = -std::numeric_limits<T>::infinity(), total = 0, delta = -T(in.dlse(b, h, row, 0));
         for (int64_t key : keys) {
+          const float* const k = &in.k(b, kv, key, 0);
           T score = 0;
-          for (int64_t i = 0; i < s.dim; ++i) {
-            const int64_t d = (first + i) % s.dim;
-            score += T(in.q(b, h, row, d)) * T(s.scale) * T(in.k(b, kv, key, d));
-          }
+          for (int64_t d = first; d < s.dim; ++d) score += T(q[d]) * T(s.scale) * T(k[d]);
+          for (int64_t d = 0; d < first; ++d) score += T(q[d]) * T(s.scale) * T(k[d]);
           weight.push_back(score), top = std::max(top, weight.back());
         }
         for (T& w : weight) total += w = std::exp(w - top);
         for (T& w : weight) w /= total;
-        for (size_t i = 0; i < keys.size(); ++i)
-          for (int64_t d = 0; d < s.value_dim; ++d) o[d] += weight[i] * T(in.v(b, kv, keys[i], d));
-        for (int64_t d = 0; d < s.value_dim; ++d) delta += o[d] * T(in.dout(b, h, row, d));
         for (size_t i = 0; i < keys.size(); ++i) {
+          const float* const v = &in.v(b, kv, keys[i], 0);
+          for (int64_t d = 0; d < s.value_dim; ++d) o[d] += weight[i] * T(v[d]);
+        }
+        for (int64_t d = 0; d < s.value_dim; ++d) delta += o[d] * T(dout[d]);
+        for (size_t i = 0; i < keys.size(); ++i) {
+          const float *const k = &in.k(b, kv, keys[i], 0), *const v = &in.v(b, kv, keys[i], 0);
           T* const to_k = &dk[((b * s.kv_heads + kv) * s.k_len + keys[i]) * s.dim];
           T* const to_v = &dv[((b * s.kv_heads + kv) * s.k_len + keys[i]) * s.value_dim];
           T dp = 0;
           for (int64_t d = 0; d < s.value_dim; ++d) {
-            dp += T(in.dout(b, h, row, d)) * T(in.v(b, kv, keys[i], d));
-            to_v[d] += weight[i] * T(in.dout(b, h, row, d));
+            dp += T(dout[d]) * T(v[d]);
+            to_v[d] += weight[i] * T(dout[d]);
           }
-          for (int64_t d = 0; d < s.dim; ++d) {
-            g[d] += weight[i] * (dp - delta) * T(s.scale) * T(in.k(b, kv, keys[i], d));
-            to_k[d] += weight[i] * (dp - delta) * T(s.scale) * T(in.q(b, h, row, d));
-          }
+          const T dscore = weight[i] * (dp - delta) * T(s.scale);
+          for (int64_t d = 0; d < s.dim; ++d) g[d] += dscore * T(k[d]), to_k[d] += dscore * T(q[d]);
         }
         out.insert(out.end(), o.begin(), o.end()), dq.insert(dq.end(), g.begin(), g.end());
         lse.push_back(top + std::log(total));

@@ -123,26 +123,33 @@ void expect(bool fine, const Problem& p, const std::string& what) {
   std::printf("FAILED %s: %s\n", p.name.c_str(), what.c_str());
 }
 
-double against_definition(const Problem& p, Inputs& in, Results& r, const char* who) {
-  static const char* const names[] = {"out", "lse", "dq", "dk", "dv"};
-  const vector<vector<double>> exact = definition<double>(p, in);
-  double unavoidable[5] = {}, worst = 0;
-  const auto dtype = [&](int i) { return i == 1 ? Dtype::float32 : p.shape.dtype; };  // lse is float
-  for (int order = 0; order < 3; ++order) {  // one alone may be lucky where few rows have large scores
-    const vector<vector<float>> low = definition<float>(p, in, order * p.shape.dim / 3);
-    for (int i = 0; i < 5; ++i)
-      for (size_t j = 0; j < exact[i].size(); ++j) {
-        const double error = std::abs(rounded(low[i][j], dtype(i)) - exact[i][j]);
-        if (std::isfinite(exact[i][j])) unavoidable[i] = std::max(unavoidable[i], error);
-      }
+// What is right, and the error that the arithmetic of floats cannot avoid.
+struct Right {
+  vector<vector<double>> exact;
+  double unavoidable[5] = {};
+
+  static Dtype dtype(const Problem& p, int i) { return i == 1 ? Dtype::float32 : p.shape.dtype; }  // lse is float
+  Right(const Problem& p, Inputs& in) : exact(definition<double>(p, in)) {
+    for (int order = 0; order < 3; ++order) {  // one alone may be lucky where few rows have large scores
+      const vector<vector<float>> low = definition<float>(p, in, order * p.shape.dim / 3);
+      for (int i = 0; i < 5; ++i)
+        for (size_t j = 0; j < exact[i].size(); ++j) {
+          const double error = std::abs(rounded(low[i][j], dtype(p, i)) - exact[i][j]);
+          if (std::isfinite(exact[i][j])) unavoidable[i] = std::max(unavoidable[i], error);
+        }
+    }
   }
-  for (int i = 0; i < 5; ++i) {
-    const double used = excess(r.all()[i]->values(), exact[i], unavoidable[i], dtype(i));
-    expect(used <= 1, p, std::string(who) + " " + names[i] + ": error is " + std::to_string(used) + " of its budget");
-    worst = std::max(worst, used);
+  double used(const Problem& p, Results& r, const char* who) const {
+    static const char* const names[] = {"out", "lse", "dq", "dk", "dv"};
+    double worst = 0;
+    for (int i = 0; i < 5; ++i) {
+      const double part = excess(r.all()[i]->values(), exact[i], unavoidable[i], dtype(p, i));
+      expect(part <= 1, p, std::string(who) + " " + names[i] + ": error is " + std::to_string(part) + " of its budget");
+      worst = std::max(worst, part);
+    }
+    return worst;
   }
-  return worst;
-}
+};
 
 double check(const Problem& p) {
   const Shape& s = p.shape;
@@ -159,10 +166,12 @@ double check(const Problem& p) {
     }
   }
   Results r = on_cpu(p, t, in, 1);
-  double worst = against_definition(p, in, r, "cpu");
-  if (p.shape.dtype == Dtype::float32) {
+  const Right right(p, in);
+  double worst = right.used(p, r, "cpu");
+  // The bodies of the CUDA kernels are the same for every instruction set.
+  if (p.shape.dtype == Dtype::float32 && mirasol::isa() == mirasol::Isa::base) {
     Results gpu = as_on_gpu(p, t, in);
-    worst = std::max(worst, against_definition(p, in, gpu, "rows"));
+    worst = std::max(worst, right.used(p, gpu, "rows"));
   }
   for (int threads : {2, 7}) {
     Results other = on_cpu(p, t, in, threads);

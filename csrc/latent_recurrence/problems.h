@@ -65,15 +65,15 @@ vector<T> layer_norm(const vector<T>& x, int64_t c, const double* weight, const 
 template <class T>
 vector<T> linear(const vector<T>& x, int64_t in, const vector<double>& weight, const vector<double>& bias,
                  int64_t turn) {
-  const int64_t out = bias.size(), rows = x.size() / in;
+  const int64_t out = bias.size(), rows = x.size() / in, first = turn % in;
   vector<T> y(rows * out);
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t o = 0; o < out; ++o) {
       T sum = T(bias[o]);
-      for (int64_t n = 0; n < in; ++n) {
-        const int64_t i = (n + turn) % in;
-        sum += x[r * in + i] * T(weight[o * in + i]);
-      }
+      const T* const from = &x[r * in];
+      const double* const by = &weight[o * in];
+      for (int64_t i = first; i < in; ++i) sum += from[i] * T(by[i]);
+      for (int64_t i = 0; i < first; ++i) sum += from[i] * T(by[i]);
       y[r * out + o] = sum;
     }
   return y;
