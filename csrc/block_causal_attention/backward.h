@@ -10,7 +10,8 @@ namespace mirasol::MIRASOL_ISA {
 
 using attention::Backward;
 
-constexpr int BACKWARD_KEYS = 96;  // keys of a step
+// Keys of a step.  In tile registers 128 took 0.91 to 0.98 of the time of 96 (NOTES 2026-11-30).
+constexpr int backward_keys(Products by) { return by == Products::amx ? 128 : 96; }
 
 // Keys of an item, whose dk and dv stay in a second-level cache.  Twice as many, each tile's rows are packed and its dq
 // added half as often (3 to 4 % of the time, NOTES 2026-11-28), where that leaves items enough.
@@ -21,14 +22,14 @@ static int64_t chunk_of(const Shape& shape) {
 
 struct Chunk {
   int64_t index, batch, kv_head, key, end;
+  bool finite = true;  // its keys, of AMX
 };
 
 struct Buffers {
   float *q_t, *dout_t, *dq_t;  // (dim, TILE), (value_dim, TILE), (dim, TILE), in panels
   float *q, *dout;             // (TILE, padded dim): rows as vectors
-  float *p, *ds, *ds_terms;    // (BACKWARD_KEYS, TILE)
-  float *k, *v, *k_terms;      // (BACKWARD_KEYS, padded dim): what is not read where it lies; of AMX all of the chunk
-  float *some_q, *some_dout, *last_keys;  // of AMX
+  float *p, *ds, *ds_terms;    // (keys of a step, TILE)
+  float *k, *v, *k_terms;      // (keys of a step, padded dim): what is not read where it lies; of AMX all of the chunk
   float *dk, *dv;              // (keys of a chunk, padded dim)
   float* few_q;                // (FEW, padded dim), where lanes are few
 };
@@ -47,14 +48,14 @@ static Buffers buffers(const Shape& shape, float* at, int64_t* size) {
   const bool amx = by == Products::amx;
   b.q_t = take(amx ? row : dim, TILE), b.dout_t = take(amx ? value_row : value_dim, TILE), b.dq_t = take(dim, TILE);
   b.q = take(TILE, dim), b.dout = take(TILE, value_dim);
-  b.p = take(BACKWARD_KEYS, TILE), b.ds = take(BACKWARD_KEYS, TILE);
-  b.ds_terms = by != Products::single ? take(BACKWARD_KEYS / 2, TILE) : b.ds;
+  const int step = backward_keys(by);
+  b.p = take(step, TILE), b.ds = take(step, TILE);
+  b.ds_terms = by != Products::single ? take(step / 2, TILE) : b.ds;
   if (amx) {
     b.k = take(keys + SIDE, row), b.v = take(keys + SIDE, value_row), b.k_terms = take(dim, amx_keys(keys) / 2);
-    b.some_q = take(TILE / 2, dim), b.some_dout = take(TILE / 2, value_dim), b.last_keys = take(dim, SIDE);
   } else {
-    b.k = take(BACKWARD_KEYS, dim), b.v = take(BACKWARD_KEYS, value_dim);
-    b.k_terms = by == Products::pairs ? take(BACKWARD_KEYS / 2, dim) : b.k;
+    b.k = take(step, dim), b.v = take(step, value_dim);
+    b.k_terms = by == Products::pairs ? take(step / 2, dim) : b.k;
   }
   b.dk = take(keys, dim), b.dv = take(keys, value_dim);
   b.few_q = few_lanes(shape) ? take(FEW, dim) : nullptr;
@@ -82,20 +83,22 @@ struct Rows {  // of a tile, per lane
 // that ends in that key, and dS in ds_terms for the one that ends in a query.  Where these are pairs, of lanes the ones
 // and of keys the other, rows are still TILE floats apart.  Delta is subtracted alone: where one key has all the weight
 // and out is its value, delta is its dP to the bit, and nothing is left of the two.
-template <bool PAIRS>
-static void softmax_backward(int keys, const Span& s, const Rows& rows, float factor, const Buffers& b) {
+// mask(v, key): lanes of vector v, where some are masked.
+template <bool PAIRS, class Mask>
+static void softmax_backward(int keys, int first, int count, bool masked, Mask mask, const Rows& rows, float factor,
+                             const Buffers& b) {
   const Vec scale = broadcast(factor);
-  for (int v = 0; v < s.count; ++v) {
-    const int lane = (s.first + v) * WIDTH;
+  for (int v = first; v < first + count; ++v) {
+    const int lane = v * WIDTH;
     const Vec lse = load(rows.lse + lane), lse_low = load(rows.lse_low + lane);
     const Vec delta = load(rows.delta + lane), dlse = load(rows.dlse + lane);
     const auto weigh = [&](int key) {  // -> dS
       float *const p = b.p + key * TILE, *const ds = b.ds + key * TILE;
       Vec weight[] = {fma(load(p + lane), scale, -lse) - lse_low};
       exp_of_weights<PAIRS>(weight);
-      const Vec x = s.masked ? keep(s.mask[v], weight[0]) : weight[0];
+      const Vec x = masked ? keep(mask(v, key), weight[0]) : weight[0];
       Vec dx = x * (load(ds + lane) - delta + dlse);
-      if (s.masked) dx = keep(s.mask[v], dx);
+      if (masked) dx = keep(mask(v, key), dx);
       if constexpr (PAIRS) {  // the halves of a row of vectors take up the places of vectors that are done
         store_halves(p + lane / 2, from_float(bfloat16{}, x), WIDTH);
         store_halves(ds + lane / 2, from_float(bfloat16{}, dx), WIDTH);
@@ -191,31 +194,56 @@ static void backward_piece(const Backward& g, const Chunk& chunk, const Tile& t,
   else scores<PAIRS>(piece.keys, s, b.q_t, shape.dim, k_rows, {b.p, TILE, WIDTH});
   scores<PAIRS>(piece.keys, s, b.dout_t, shape.value_dim,
                 rows_of<PAIRS>(v, g.v.row, piece.keys, shape.value_dim, b.v), {b.ds, TILE, WIDTH});
-  softmax_backward<PAIRS>(piece.keys, s, rows, b.few_q ? 1 : scale_left<PAIRS>(shape), b);
+  softmax_backward<PAIRS>(piece.keys, s.first, s.count, s.masked, [&](int v, int) { return s.mask[v - s.first]; }, rows,
+                          b.few_q ? 1 : scale_left<PAIRS>(shape), b);
   gather<PAIRS>(piece.keys, s, {b.ds_terms, TILE, WIDTH}, k_terms, shape.dim, b.dq_t);
   scatter<PAIRS>(piece, lanes, b.p, b.dout, shape.value_dim, b.dv + key * padded(shape.value_dim));
   scatter<PAIRS>(piece, lanes, b.ds, b.q, shape.dim, b.dk + key * padded(shape.dim));
 }
 
-// The same with the keys of the chunk ready in b.
-static inline void amx_backward_piece(const Shape& shape, const Chunk& chunk, int lanes, const Rows& rows,
-                                      const Buffers& b, const Piece& piece) {
-  Span s = span(piece, lanes);
-  s.masked |= (piece.row + piece.rows) % WIDTH != 0;  // lanes behind the last have zeros, and keys may be infinite
-  const int64_t key = piece.key - chunk.key, row = amx_dim(shape.dim) / 2, value_row = amx_dim(shape.value_dim) / 2;
-  const int all = int(chunk.end - chunk.key);
-  amx_scores(piece.keys, s.first, s.count, b.q_t, shape.dim, {b.k + key * row, row}, {b.p, TILE, WIDTH});
-  amx_scores(piece.keys, s.first, s.count, b.dout_t, shape.value_dim, {b.v + key * value_row, value_row},
-             {b.ds, TILE, WIDTH});
-  softmax_backward<true>(piece.keys, s, rows, scale_left<true>(shape), b);
-  for (int v = s.first; v < s.first + s.count; ++v)
-    for (int64_t i = (piece.keys + 1) / 2; i < whole_tiles((piece.keys + 1) / 2); ++i)
-      store(b.ds_terms + i * TILE + v * WIDTH, Vec{});
-  amx_gather(piece.keys, s.first, s.count, {b.ds_terms, TILE, WIDTH},
-             amx_piece(b.k_terms, amx_keys(all) / 2, key, piece.keys, all, shape.dim, b.last_keys), shape.dim, b.dq_t,
-             s.masked ? s.mask : nullptr);
-  amx_scatter(piece, lanes, b.p, b.dout, shape.value_dim, b.some_dout, b.dv + key * padded(shape.value_dim));
-  amx_scatter(piece, lanes, b.ds, b.q, shape.dim, b.some_q, b.dk + key * padded(shape.dim));
+// The same in tile registers, with the keys of the chunk and the rows of the tile ready in b.
+template <class T>
+static void amx_backward_step(const Backward& g, const Chunk& chunk, const Tile& t, const Rows& rows, bool finite,
+                              const Buffers& b, const AmxStep& step, int64_t block) {
+  const Shape& shape = g.shape;
+  const int64_t key = block + step.key, row = amx_dim(shape.dim) / 2, value_row = amx_dim(shape.value_dim) / 2;
+  const int64_t columns = amx_keys(chunk.end - chunk.key) / 2;
+  const Scores p{b.p, TILE, WIDTH}, ds{b.ds, TILE, WIDTH}, ds_terms{b.ds_terms, TILE, WIDTH};
+  amx_scores(step, b.q_t, shape.dim, {b.k + key * row, row}, p);
+  amx_scores(step, b.dout_t, shape.value_dim, {b.v + key * value_row, value_row}, ds);
+  softmax_backward<true>(step.keys, step.first, step.count, step.masked,
+                         [&](int v, int i) { return amx_mask(step.seen[i], v); }, rows, scale_left<true>(shape), b);
+  for (int v = step.first; v < step.first + step.count; ++v)
+    for (int64_t i = (step.keys + 1) / 2; i < whole_tiles((step.keys + 1) / 2); ++i) store(ds_terms.at(i, v), Vec{});
+  amx_gather(step, ds_terms, b.k_terms + key / 2, columns, shape.dim, b.dq_t);
+  float *const dk = b.dk + key * padded(shape.dim), *const dv = b.dv + key * padded(shape.value_dim);
+  amx_scatter(step, b.p, b.dout, shape.value_dim, dv);
+  amx_scatter(step, b.ds, b.q, shape.dim, dk);
+  if (!chunk.finite)
+    amx_rest(step, ds_terms, at<const T>(g.k, t.batch, t.kv_head, chunk.key + key), g.k.row, shape.dim, b.dq_t);
+  if (!finite) {
+    amx_rest_of_rows(step, b.p, lanes_of<const T>(g.dout, t), t.lanes(), shape.value_dim, dv);
+    amx_rest_of_rows(step, b.ds, lanes_of<const T>(g.q, t), t.lanes(), shape.dim, dk);
+  }
+}
+
+// Steps of keys that the same vectors see.
+template <class T>
+static void amx_backward_block(const Backward& g, const Chunk& chunk, const Tile& t, const Rows& rows, bool finite,
+                               const Buffers& b, const AmxSeen& seen, int64_t block) {
+  const uint64_t lanes = bits(0, int(padded(t.lanes())));
+  const auto register_from = [&](int key) { return amx_step(seen, key, least(key + 2 * SIDE, seen.last), lanes); };
+  for (AmxStep step = register_from(seen.first);;) {
+    const int end = step.key + step.keys;
+    const AmxStep other = end < seen.last ? register_from(end) : AmxStep{};
+    if (end < seen.last && other.first == step.first && other.count == step.count) {
+      step.keys += other.keys, step.masked |= other.masked;
+      continue;
+    }
+    if (step.count) amx_backward_step<T>(g, chunk, t, rows, finite, b, step, block);
+    if (end == seen.last) return;
+    step = other;
+  }
 }
 
 template <Products BY, class T>
@@ -224,8 +252,20 @@ static void backward_tile(const Backward& g, const Chunk& chunk, const Tile& t, 
   const Shape& shape = g.shape;
   const int lanes = t.lanes();
   Pieces sweep = pieces(g.seen, t.batch, t.row, t.rows, t.heads, chunk.key, chunk.end);
-  Piece piece;
-  if (!next(sweep, BACKWARD_KEYS, piece)) return;
+  std::conditional_t<AMX, AmxSeen, Piece> piece;
+  constexpr int KEYS = backward_keys(BY);
+  int64_t block = -KEYS;  // of keys of the chunk
+  const auto more = [&] {
+    if constexpr (AMX) {
+      const int64_t keys = chunk.end - chunk.key;
+      while ((block += KEYS) < keys)
+        if (amx_seen(sweep, chunk.key + block, chunk.key + least(block + KEYS, keys), piece)) return true;
+      return false;
+    } else {
+      return next(sweep, KEYS, piece);
+    }
+  };
+  if (!more()) return;
 
   const Lanes<const T> q = lanes_of<const T>(g.q, t), dout = lanes_of<const T>(g.dout, t);
   pack_transposed<PAIRS>(q, lanes, shape.dim, b.q_t, shape.scale, AMX ? amx_dim(shape.dim) : 0);
@@ -233,9 +273,14 @@ static void backward_tile(const Backward& g, const Chunk& chunk, const Tile& t, 
   pack_rows<PAIRS>(q, lanes, shape.dim, b.q);
   if (b.few_q) decode_queries(q, lanes, shape, b.few_q);
   pack_rows<PAIRS>(dout, lanes, shape.value_dim, b.dout);
-  if constexpr (AMX)
-    for (int r = (lanes + 1) / 2; r < TILE / 2; ++r)
-      zero(b.q + r * padded(shape.dim), shape.dim), zero(b.dout + r * padded(shape.value_dim), shape.value_dim);
+  bool finite = true;  // of AMX
+  if constexpr (AMX) {
+    const auto whole = [&](float* x, int64_t width) {
+      for (int r = (lanes + 1) / 2; r < TILE / 2; ++r) zero(x + r * width, width);
+      finite &= amx_finite(x, TILE / 2, width, width);
+    };
+    whole(b.q, padded(shape.dim)), whole(b.dout, padded(shape.value_dim));
+  }
   zero(b.dq_t, shape.dim * TILE);
   Rows rows = {};
   const Lanes<const float> lse = lanes_of<const float>(g.lse, t), lse_low = lanes_of<const float>(g.lse_low, t);
@@ -246,9 +291,9 @@ static void backward_tile(const Backward& g, const Chunk& chunk, const Tile& t, 
   }
 
   do {
-    if constexpr (AMX) amx_backward_piece(shape, chunk, lanes, rows, b, piece);
+    if constexpr (AMX) amx_backward_block<T>(g, chunk, t, rows, finite, b, piece, block);
     else backward_piece<PAIRS, T>(g, chunk, t, rows, b, piece);
-  } while (next(sweep, BACKWARD_KEYS, piece));
+  } while (more());
   add_dq<T>(g, chunk, t, b.dq_t);
 }
 
@@ -273,7 +318,7 @@ static void rows_between(const Backward& g, const Chunk& chunk, int64_t* begin, 
 }
 
 template <Products BY, class T>
-static void backward_chunk(const Backward& g, const Chunk& chunk, const Buffers& b) {
+static void backward_chunk(const Backward& g, Chunk chunk, const Buffers& b) {
   const Shape& shape = g.shape;
   const int64_t keys = chunk.end - chunk.key, group = shape.q_heads / shape.kv_heads;
   const int64_t dim = padded(shape.dim), value_dim = padded(shape.value_dim);
@@ -286,6 +331,7 @@ static void backward_chunk(const Backward& g, const Chunk& chunk, const Buffers&
     const T *v = at<const T>(g.v, chunk.batch, chunk.kv_head, chunk.key);
     amx_rows(k, g.k.row, int(keys), shape.dim, b.k), amx_rows(v, g.v.row, int(keys), shape.value_dim, b.v);
     amx_columns(k, g.k.row, int(keys), shape.dim, b.k_terms, amx_keys(keys) / 2);
+    chunk.finite = amx_finite(b.k_terms, dim, whole_tiles((keys + 1) / 2), amx_keys(keys) / 2);
   }
   for (int64_t head = chunk.kv_head * group; head < (chunk.kv_head + 1) * group; head += heads)
     // Downwards: the next chunk, which begins at the same tile, follows one step behind.

@@ -74,18 +74,6 @@ struct Coming {
   }
 };
 
-struct AmxStep {  // keys of a block and the vectors of rows that see them
-  const uint64_t* seen;  // rows, of each key
-  bool masked;
-  int keys, first, count;
-};
-
-static inline Bits amx_mask(uint64_t rows, int v) {
-  Words lane;
-  for (int i = 0; i < WIDTH; ++i) lane[i] = 1u << i;
-  return (Bits)((lane & uint32_t(rows >> (v * WIDTH))) != 0u);
-}
-
 // The largest product of each row of a vector.
 static inline void amx_top(const AmxStep& step, int v, const Scores& s, float* top) {
   const float* const x = s.at(0, v);
@@ -128,23 +116,6 @@ static inline void amx_weights(const AmxStep& step, int v, float factor, const S
   }
   for (int64_t i = (step.keys + 1) / 2; i < whole_tiles((step.keys + 1) / 2); ++i) store(s + i * WIDTH, Vec{});
   store(run.total + v * WIDTH, load(run.total + v * WIDTH) + total);
-}
-
-// What values bring that are not finite, to the rows that see them.
-template <class T>
-static void amx_rest(const AmxStep& step, const Scores& s, const T* values, int64_t stride, int64_t dim, float* out) {
-  for (int key = 0; key < step.keys; ++key)
-    for (int64_t d = 0; d < dim; ++d) {
-      const uint32_t bits = values[key * stride + d].bits;
-      if ((bits & 0x7f80u) != 0x7f80u) continue;
-      const Vec value = (Vec)(Words{} + (bits << 16));
-      for (int v = step.first; v < step.first + step.count; ++v) {
-        const Words two = (Words)load(s.at(key / 2, v));
-        const Vec p = (Vec)(key % 2 ? two & 0xffff0000u : two << 16);
-        float* const to = out + v * WIDTH * dim + d * WIDTH;
-        store(to, load(to) + keep(amx_mask(step.seen[key], v), p * value));
-      }
-    }
 }
 
 // Products of a vector of lanes become exp(scale * product - base), and total grows by them.  As pairs, those of keys
@@ -219,7 +190,7 @@ struct Block<Products::amx, T> {
     const int keys = int(end - key);
     amx_rows(k, k_stride, keys, shape.dim, k_space);
     amx_columns(v, v_stride, keys, shape.value_dim, v_space, columns());
-    finite = amx_finite(v_space, columns(), keys, shape.value_dim);
+    finite = amx_finite(v_space, padded(shape.value_dim), whole_tiles((keys + 1) / 2), columns());
     ready = true;
   }
 };
@@ -258,35 +229,21 @@ static void forward_block(const Shape& shape, float scale, Block<BY, T>& block, 
   }
 }
 
-// The same in tile registers: all keys of the block that a row of the tile sees, in one step.  What a row does not see
-// has a weight of 0, and meets a value that is finite: where pieces are short, as in text, products would do little else
-// than begin and end.
+// The same in tile registers, in one step.
 template <class T>
 static void forward_block(const Shape& shape, float scale, Block<Products::amx, T>& block, Work& w, const Scores& s,
                           Coming& coming) {
-  const uint64_t live = bits(0, w.tile.lanes());
-  uint64_t seen[FORWARD_KEYS] = {}, some = 0, each = live;  // rows: of a key, of some key, of each
-  int first = FORWARD_KEYS, last = 0;
-  Piece piece;
-  w.sweep.end = block.end;
-  while (next(w.sweep, FORWARD_KEYS, piece)) {
-    const int from = int(piece.key - block.key), to = from + piece.keys;
-    for (int key = from; key < to; ++key) seen[key] |= bits(piece.row, piece.row + piece.rows);
-    first = std::min(first, from), last = std::max(last, to);
-  }
-  if (first >= last) return;
-  first = first / (2 * SIDE) * (2 * SIDE);  // rows of transposed values lie in whole lines from there
-  for (int key = first; key < last; ++key) some |= seen[key], each &= seen[key];
+  AmxSeen seen;
+  if (!amx_seen(w.sweep, block.key, block.end, seen)) return;
+  const AmxStep step = amx_step(seen, seen.first, seen.last, bits(0, w.tile.lanes()));
   block.prepare();
-  const int begin = __builtin_ctzll(some) / WIDTH, end = (TILE - __builtin_clzll(some) + WIDTH - 1) / WIDTH;
-  const AmxStep step{seen + first, each != live, last - first, begin, end - begin};
   const int64_t row = amx_dim(shape.dim) / 2;
-  amx_scores(step.keys, step.first, step.count, w.q, shape.dim, {block.k_space + first * row, row}, s);
-  for (int v = begin; v < end; ++v) amx_top(step, v, s, w.run.fresh);
+  amx_scores(step, w.q, shape.dim, {block.k_space + step.key * row, row}, s);
+  for (int v = step.first; v < step.first + step.count; ++v) amx_top(step, v, s, w.run.fresh);
   raise_tops(shape, scale, w.tile.lanes(), w.run, w.out);
-  for (int v = begin; v < end; ++v) amx_weights(step, v, scale, s, w.run, coming);
-  amx_gather(step.keys, begin, end - begin, s, {block.v_space + first / 2, block.columns()}, shape.value_dim, w.out);
-  if (!block.finite) amx_rest(step, s, block.v + first * block.v_stride, block.v_stride, shape.value_dim, w.out);
+  for (int v = step.first; v < step.first + step.count; ++v) amx_weights(step, v, scale, s, w.run, coming);
+  amx_gather(step, s, block.v_space + step.key / 2, block.columns(), shape.value_dim, w.out);
+  if (!block.finite) amx_rest(step, s, block.v + step.key * block.v_stride, block.v_stride, shape.value_dim, w.out);
 }
 
 // As many keys again, asked for by so many tiles, `weights` keys of a vector at a time.  Rows that are apart have a

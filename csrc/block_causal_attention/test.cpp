@@ -189,11 +189,14 @@ double check(const Problem& p) {
     expect(sees(p, b, i, key) || (unchanged(r.out, with_key.out, b, i) && unchanged(r.dq, with_key.dq, b, i)), p,
            "row " + std::to_string(i) + " met a key that it does not see");
   for (int64_t i = 0; i < s.q_len; ++i)
-    expect(!sees(p, b, i, key) || lost(with_key.out, b, i), p,
+    expect(!sees(p, b, i, key) || (lost(with_key.out, b, i) && lost(with_key.dq, b, i)), p,
            "row " + std::to_string(i) + " passed over a key that it sees");
   for (int64_t i = 0; i < s.k_len; ++i)
     expect(sees(p, b, row, i) || (unchanged(r.dk, with_row.dk, b, i) && unchanged(r.dv, with_row.dv, b, i)), p,
            "key " + std::to_string(i) + " met a row that does not see it");
+  for (int64_t i = 0; i < s.k_len; ++i)
+    expect(!sees(p, b, row, i) || (lost(with_row.dk, b, i) && lost(with_row.dv, b, i)), p,
+           "key " + std::to_string(i) + " passed over a row that sees it");
   return worst;
 }
 

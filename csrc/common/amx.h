@@ -93,18 +93,14 @@ struct AmxProduct {
   float* c;
   int64_t c_n, c_v;
   bool add = false;
-  const Bits* mask = nullptr;  // one per vector, or none: C of a lane that is off gets nothing, not even 0 * NaN
-  Ahead* ahead = nullptr;      // or none
-  const Element* b_last = nullptr;  // (n, SIDE): the last of the k, where it is not the one in b; or none
+  Ahead* ahead = nullptr;  // or none
 };
 
 // V tile registers of C, side by side.
 template <int V>
-static inline void amx_row(const AmxProduct& p, const float* a, const Element* b, const Element* b_last, float* c,
-                           int64_t c_n, int64_t c_v, bool add) {
-  const int64_t c_bytes = 4 * c_n, a_bytes = 4 * p.a_k;
-  int64_t b_bytes = 4 * p.b_n;
-  if (add) {
+static inline void amx_row(const AmxProduct& p, const float* a, const Element* b, float* c, int64_t c_n, int64_t c_v) {
+  const int64_t c_bytes = 4 * c_n, a_bytes = 4 * p.a_k, b_bytes = 4 * p.b_n;
+  if (p.add) {
     AMX_LOAD(0, c, c_bytes);
     if constexpr (V > 1) AMX_LOAD(1, c + c_v, c_bytes);
     if constexpr (V > 2) AMX_LOAD(2, c + 2 * c_v, c_bytes);
@@ -116,7 +112,6 @@ static inline void amx_row(const AmxProduct& p, const float* a, const Element* b
     if constexpr (V > 3) AMX_ZERO(3);
   }
   for (int i = 0; i < p.k; ++i, b += SIDE, a += SIDE * p.a_k) {
-    if (b_last && i == p.k - 1) b = b_last, b_bytes = 4 * SIDE;
     if (p.ahead) {
       for (int64_t byte = 0; byte < p.ahead->step; byte += 64) __builtin_prefetch(p.ahead->next + byte);
       p.ahead->next += p.ahead->step;
@@ -153,25 +148,21 @@ template <int V>
 static inline void amx_columns_of(const AmxProduct& p, int v) {
   const float* const a = p.a + v * p.a_v;
   for (int n = 0; n < p.n; n += SIDE) {
-    const Element *const b = p.b + n * p.b_n, *const b_last = p.b_last ? p.b_last + n * SIDE : nullptr;
+    const Element* const b = p.b + n * p.b_n;
     float* const c = p.c + n * p.c_n + v * p.c_v;
     const int rows = least(SIDE, p.n - n);
-    if (!p.mask && rows == SIDE) {
-      amx_row<V>(p, a, b, b_last, c, p.c_n, p.c_v, p.add);
+    if (rows == SIDE) {
+      amx_row<V>(p, a, b, c, p.c_n, p.c_v);
       continue;
     }
     alignas(64) float sums[V][SIDE * SIDE] = {};
     const auto each = [&](auto use) {
       for (int i = 0; i < V; ++i)
-        for (int r = 0; r < rows; ++r) use(i, sums[i] + r * SIDE, c + r * p.c_n + i * p.c_v);
+        for (int r = 0; r < rows; ++r) use(sums[i] + r * SIDE, c + r * p.c_n + i * p.c_v);
     };
-    const bool into = p.add && !p.mask;  // as whole ones are: a row's bits do not depend on how many there are
-    if (into) each([](int, float* sum, const float* to) { store(sum, load(to)); });
-    amx_row<V>(p, a, b, b_last, sums[0], SIDE, SIDE * SIDE, into);
-    each([&](int i, const float* sum, float* to) {
-      const Vec x = p.mask ? keep(p.mask[v + i], load(sum)) : load(sum);
-      store(to, p.add && !into ? load(to) + x : x);
-    });
+    if (p.add) each([](float* sum, const float* to) { store(sum, load(to)); });
+    amx_row<V>(p, a, b, sums[0], SIDE, SIDE * SIDE);
+    each([](const float* sum, float* to) { store(to, load(sum)); });
   }
 }
 
