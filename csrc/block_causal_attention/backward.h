@@ -12,6 +12,7 @@ using attention::Backward;
 
 // Keys of a step.  In tile registers 128 took 0.91 to 0.98 of the time of 96 (NOTES 2026-11-30).
 constexpr int backward_keys(Products by) { return by == Products::amx ? 128 : 96; }
+static_assert(backward_keys(Products::amx) <= AMX_KEYS);
 
 // Keys of an item, whose dk and dv stay in a second-level cache.  Twice as many, each tile's rows are packed and its dq
 // added half as often (3 to 4 % of the time, NOTES 2026-11-28), where that leaves items enough.

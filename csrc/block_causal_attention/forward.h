@@ -10,6 +10,7 @@
 namespace mirasol::MIRASOL_ISA {
 
 constexpr int FORWARD_KEYS = 192;  // keys of a softmax step
+static_assert(FORWARD_KEYS <= AMX_KEYS);
 
 // Of a block; beside the tiles' part of the cache.  Even, for pairs.
 static int keys_of_block(const Shape& shape) {
