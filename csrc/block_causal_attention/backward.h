@@ -10,7 +10,7 @@ namespace mirasol::MIRASOL_ISA {
 
 using attention::Backward;
 
-// Keys of a step.  In tile registers 128 took 0.91 to 0.98 of the time of 96 (NOTES 2026-11-30).
+// Keys of a step.  In tile registers 128 took 0.92 to 0.99 of the time of 96 (NOTES 2026-11-30).
 constexpr int backward_keys(Products by) { return by == Products::amx ? 128 : 96; }
 static_assert(backward_keys(Products::amx) <= AMX_KEYS);
 
@@ -253,17 +253,17 @@ static void backward_tile(const Backward& g, const Chunk& chunk, const Tile& t, 
   const Shape& shape = g.shape;
   const int lanes = t.lanes();
   Pieces sweep = pieces(g.seen, t.batch, t.row, t.rows, t.heads, chunk.key, chunk.end);
-  std::conditional_t<AMX, AmxSeen, Piece> piece;
+  std::conditional_t<AMX, AmxSeen, Piece> part;
   constexpr int KEYS = backward_keys(BY);
   int64_t block = -KEYS;  // of keys of the chunk
   const auto more = [&] {
     if constexpr (AMX) {
       const int64_t keys = chunk.end - chunk.key;
       while ((block += KEYS) < keys)
-        if (amx_seen(sweep, chunk.key + block, chunk.key + least(block + KEYS, keys), piece)) return true;
+        if (amx_seen(sweep, chunk.key + block, chunk.key + least(block + KEYS, keys), part)) return true;
       return false;
     } else {
-      return next(sweep, KEYS, piece);
+      return next(sweep, KEYS, part);
     }
   };
   if (!more()) return;
@@ -292,8 +292,8 @@ static void backward_tile(const Backward& g, const Chunk& chunk, const Tile& t, 
   }
 
   do {
-    if constexpr (AMX) amx_backward_block<T>(g, chunk, t, rows, finite, b, piece, block);
-    else backward_piece<PAIRS, T>(g, chunk, t, rows, b, piece);
+    if constexpr (AMX) amx_backward_block<T>(g, chunk, t, rows, finite, b, part, block);
+    else backward_piece<PAIRS, T>(g, chunk, t, rows, b, part);
   } while (more());
   add_dq<T>(g, chunk, t, b.dq_t);
 }
