@@ -27,15 +27,16 @@ from mirasol_kernels.__main__ import instruction_set
 
 OPS = sorted(path.stem for path in (Path(__file__).parent / "peers").glob("[a-z]*.py"))
 DTYPES = {contest.dtype_name(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
-# What makes ours, ATen, oneDNN and MKL use one instruction set; all of them read it once, when they are loaded.
+# What makes ours, ATen, oneDNN and MKL use one instruction set; all of them read it once, when they are loaded. On AMD
+# MKL obeys MKL_CBWR alone: "COMPATIBLE" is SSE2 (81 Gflop/s on two cores of a Zen 4, else 190), all else AVX2.
+VARIABLES = ("MIRASOL_ISA", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR")
 ISAS = {
-    "base": ("base", "default", "SSE41", "SSE4_2"),
-    "avx2": ("avx2", "avx2", "AVX2", "AVX2"),
-    "avx512": ("avx512", "avx512", "AVX512_CORE", "AVX512"),
-    "avx512bf16": ("avx512bf16", "avx512", "AVX512_CORE_BF16", "AVX512"),
-    "amx": ("amx", "avx512", "AVX512_CORE_AMX", "AVX512"),
+    "base": ("base", "default", "SSE41", "SSE4_2", "COMPATIBLE"),
+    "avx2": ("avx2", "avx2", "AVX2", "AVX2", "AVX2"),
+    "avx512": ("avx512", "avx512", "AVX512_CORE", "AVX512", "AUTO"),
+    "avx512bf16": ("avx512bf16", "avx512", "AVX512_CORE_BF16", "AVX512", "AUTO"),
+    "amx": ("amx", "avx512", "AVX512_CORE_AMX", "AVX512", "AUTO"),
 }
-VARIABLES = ("MIRASOL_ISA", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
 
 
 class Job(NamedTuple):
