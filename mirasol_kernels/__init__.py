@@ -4,7 +4,7 @@ Axis letters, everywhere in this package: B batch, H heads (Hq of queries, Hkv o
 D head width (Dv of values), T snippets, n tokens of a source, c model width, h hidden width, k learned tokens.
 """
 
-from mirasol_kernels._dispatch import explain, use_backend
+from mirasol_kernels._dispatch import explain, use_backend, wanted_backend
 from mirasol_kernels.block_causal_attention import SnippetCache, block_causal_attention
 from mirasol_kernels.context_parallel import ContextShards, Ranks, context_parallel_attention, snippet_owners
 from mirasol_kernels.latent_recurrence import TokenTuringParameters, latent_recurrence, token_turing_recurrence
@@ -27,4 +27,5 @@ __all__ = [
     "token_learner_state",
     "token_turing_recurrence",
     "use_backend",
+    "wanted_backend",
 ]

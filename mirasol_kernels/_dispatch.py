@@ -42,7 +42,10 @@ _wish = _Wish()
 
 
 def wanted_backend() -> str | None:
-    """The backend this thread asks for.  Backward may run in another thread: who recomputes there carries it along."""
+    """The backend that this thread asks for; None: the automatic choice.
+
+    Backward may run in another thread, and outside of the caller's `use_backend`: who recomputes carries it along.
+    """
     return _wish.name
 
 

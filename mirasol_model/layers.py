@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from mirasol_kernels import use_backend, wanted_backend
+
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # q (B, H, Nq, D), k and v (B, H, Nk, D) -> (B, H, Nq, D)
 Rotary = tuple[Tensor, Tensor]  # cos and sin, (N, D/2) or (B, 1, N, D/2)
 
@@ -49,7 +51,13 @@ def recomputed(function: Callable[..., Any], *args: Any) -> Any:
     """function(*args), of which nothing but the arguments is kept: it runs again in backward, and must do the same."""
     if not torch.is_grad_enabled():
         return function(*args)
-    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+    backend = wanted_backend()
+
+    def run(*args: Any) -> Any:
+        with use_backend(backend):  # backward may run in another thread, or outside of the caller's `with`
+            return function(*args)
+
+    return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False)
 
 
 class Block(nn.Module):

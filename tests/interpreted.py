@@ -130,7 +130,7 @@ def test_decode(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         results = op._fake_fwd(q, k, v, *tables[:2], problem.factor)
         args = (q, k, v, *tables[:2], problem.factor, *results)
         launches = triton.forward_launches(*args, machine=Machine(90, processors))
-        split.add(launches[0].arguments["SPLITS"])
+        split.add(launches[0].arguments["splits"])
         for launch in launches:
             launch.run()
         for what, actual, rounded, expected in zip(("out", "lse"), results, low, exact, strict=False):

@@ -3,7 +3,7 @@
 A program owns a tile of query rows of one head, keeps q, the accumulated output and the softmax's maximum m and sum l
 in registers, and streams keys and values through shared memory (FlashAttention-2, Dao 2023, arXiv:2307.08691).  Scores
 are kept in units of log2.  Decoding has few rows and many keys: the query heads that share a key head become rows of
-one tile, `SPLITS` programs take a share of the keys each, and `merge` joins their results in a fixed order.
+one tile, `splits` programs take a share of the keys each, and `merge` joins their results in a fixed order.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def forward_launches(
         "NEGATIVE": scale < 0,
         "TWINS": k.stride(2) == v.stride(2),
         "PACKED": packed,
-        "SPLITS": splits,
+        "SPLIT": splits > 1,
         "D": dim,
         "DV": value_dim,
         "BLOCK_D": power_of_two(dim),
@@ -86,7 +86,7 @@ def forward_launches(
         **strides("k", k),
         **strides("v", v),
         **strides("o", parts[0][0]),
-        **{"o_split": parts[0].stride(0), "lse_split": parts[1].stride(0)},
+        **{"o_split": parts[0].stride(0), "lse_split": parts[1].stride(0), "splits": splits},
         **{"programs": batch * heads // packed, "heads": heads, "group": group, "rows": rows, "tiles": tiles},
         **table("groups", q_offsets, k_ranges),
         **{"ranges": k_ranges.shape[2], "scale2": scale * LOG2E.value},
@@ -128,7 +128,7 @@ LAYOUT = ["programs", "heads", "group", "rows", "tiles", "groups", "groups_steps
 LAYOUT += ["ranges"]
 
 
-@triton.jit(do_not_specialize=LAYOUT)
+@triton.jit(do_not_specialize=[*LAYOUT, "lse_split", "splits"])
 def forward(
     q,
     k,
@@ -152,6 +152,7 @@ def forward(
     o_row,
     o_split,
     lse_split,
+    splits,
     programs,
     heads,
     group,
@@ -166,7 +167,7 @@ def forward(
     NEGATIVE: tl.constexpr,
     TWINS: tl.constexpr,
     PACKED: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLIT: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -174,7 +175,7 @@ def forward(
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """One tile of rows of one head; or with SPLITS, for one share of their keys, the sum not yet divided by l."""
+    """One tile of rows of one head; or with SPLIT, for one of `splits` shares of their keys, the sum not yet divided by l."""
     if TWINS:  # rows of k and v are equally far apart: offsets within a tile are kept once
         v_row = k_row
     # Late rows see most: they start first.  Heads are innermost, so that those of one key head share its keys in L2.
@@ -200,13 +201,13 @@ def forward(
     before = tl.minimum(tl.maximum(packed - 1, 0) // PACKED, rows - 1)
     first_before = lines_of(before, q_offsets, groups, groups_steps) * ranges
     share_from, share_to = 0, 0
-    if SPLITS > 1:
+    if SPLIT:
         seen = 0
         for r in range(ranges):
             begin, end = nth_range(k_ranges, first, ranges, r)
             start, length = hull(begin, end)
             seen += length
-        share = tl.cdiv(tl.cdiv(seen, SPLITS), KEYS) * KEYS
+        share = tl.cdiv(tl.cdiv(seen, splits), KEYS) * KEYS
         share_from = tl.program_id(1) * share
         share_to = share_from + share
 
@@ -216,7 +217,7 @@ def forward(
     for r in range(ranges):
         begin, end = nth_range(k_ranges, first, ranges, r)
         before_begin, before_end = nth_range(k_ranges, first_before, ranges, r)
-        if SPLITS > 1:
+        if SPLIT:
             start, length = hull(begin, end)
             low, high = start + share_from, start + share_to
             begin, end = clamp(begin, low, high), clamp(end, low, high)
@@ -256,7 +257,7 @@ def forward(
 
     lse_rows = (b * heads + own_head) * rows + row
     o_rows = out + b * o_batch + own_head * o_head + row.to(tl.int64) * o_row
-    if SPLITS > 1:
+    if SPLIT:
         split = tl.program_id(1).to(tl.int64)
         lse_rows += split * lse_split
         o_rows += split * o_split
@@ -316,7 +317,7 @@ def merge(
     BLOCK_DV: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Joins the shares of `forward`, first to last: parts (SPLITS, B, Hq, Nq, Dv) and (SPLITS, B, Hq, Nq)."""
+    """Joins the shares of `forward`, first to last: parts (splits, B, Hq, Nq, Dv) and (splits, B, Hq, Nq)."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     dv = tl.arange(0, BLOCK_DV)
     valid = row < count

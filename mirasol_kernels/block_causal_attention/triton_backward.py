@@ -321,9 +321,12 @@ def backward_kv(
         done = 0
         for _ in range(pieces_of(begin, end, join)):
             done, begins, ends, start, stop, t0, t1 = next_piece(index, begin, end, join, done, KEYS, ROWS)
-            for t in range(group * (t1 - t0)):  # all query heads in one loop, so that short ranges fill the pipeline
-                h = (t // (t1 - t0)).to(tl.int64)
-                at = start + (t0 + t % (t1 - t0)) * ROWS
+            # All query heads in one loop, so that short ranges fill the pipeline, which also computes the addresses of
+            # an empty one: hence no division by 0.
+            whole = tl.maximum(t1 - t0, 1)
+            for t in range(group * (t1 - t0)):
+                h = (t // whole).to(tl.int64)
+                at = start + (t0 + t % whole) * ROWS
                 q_tile = load_rows(q + h * q_head, q_row, at, stop, ROWS, D, BLOCK_D, False)
                 do_tile = load_rows(dout + h * do_head, do_row, at, stop, ROWS, DV, BLOCK_DV, False)
                 row = at + tl.arange(0, ROWS)
@@ -336,9 +339,10 @@ def backward_kv(
                 ds = p * (dp - tl.load(delta + lse_rows)[None, :] + tl.load(dlse + lse_rows)[None, :])
                 dk_acc = tl.dot(ds.to(q_tile.dtype), q_tile, dk_acc, input_precision="ieee")
             edges = tl.cdiv(stop - start, ROWS) - (t1 - t0)
+            some_edges = tl.maximum(edges, 1)
             for i in range(group * edges):
-                h = (i // edges).to(tl.int64)
-                at = start + edge(i % edges, t0, t1) * ROWS
+                h = (i // some_edges).to(tl.int64)
+                at = start + edge(i % some_edges, t0, t1) * ROWS
                 q_tile = load_rows(q + h * q_head, q_row, at, stop, ROWS, D, BLOCK_D, True)
                 do_tile = load_rows(dout + h * do_head, do_row, at, stop, ROWS, DV, BLOCK_DV, True)
                 row = at + tl.arange(0, ROWS)

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from mirasol_kernels import use_backend
+from mirasol_kernels import use_backend, wanted_backend
 from mirasol_model import Mirasol, MirasolConfig
+from mirasol_model.layers import Block
 from tests.model.clips import SAMPLES_PER_FRAME, VARIANTS, clip, model, scenes, tiny, words
 from tests.numerics import assert_close_fp64, assert_within_budget
 
@@ -246,6 +247,24 @@ def test_recomputation_changes_no_loss_and_no_gradient(variant, ragged, monkeypa
         results.append([out.loss.detach(), out.latents.detach(), *(p.grad for p in made.parameters())])
     for i, (plain, again) in enumerate(zip(*results, strict=True)):
         assert_close_fp64(again, plain, what=f"result {i}")
+
+
+def test_recomputation_runs_on_the_backend_of_its_forward(monkeypatch):
+    """Backward may run in another thread, as it does on a GPU, and outside of `use_backend`."""
+    made, text, asked = model("all").train(), words(2), []
+    made.config = replace(made.config, recompute="snippet")
+    block = Block._think
+
+    def think(self, x):
+        asked.append(wanted_backend())
+        return block(self, x)
+
+    monkeypatch.setattr(Block, "_think", think)
+    with use_backend("reference"):
+        loss = made(*clip(18, 2), text, labels=text).loss
+    forward = len(asked)
+    loss.backward()
+    assert len(asked) > forward and set(asked) == {"reference"}
 
 
 def test_recomputation_keeps_no_activations():
