@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
-from mirasol_kernels import explain
+from mirasol_kernels import SnippetLayout, block_causal_attention, explain, token_learner
 from mirasol_kernels._check import Case, evaluate, leaves, unavoidable
 from mirasol_kernels._dispatch import Op
 from tests.numerics import assert_within_budget
@@ -118,3 +118,31 @@ def test_one_gradient_at_a_time(entry: Entry) -> None:
         alone = evaluate(Case(case.name, call, {name: x}), entry[1])
         assert_same(alone, {key: value for key, value in once.items() if key in alone})
         assert f"d{name}" in alone
+
+
+def attends(dim: int) -> Case:
+    """Of the size of a training step: all of a GPU is busy, and its tensor cores wait for memory."""
+    layout = SnippetLayout.uniform(8, 512)
+    q, k, v = (torch.randn(1, heads, layout.q_len, dim, device="cuda") for heads in (16, 4, 4))
+    tensors = {name: x.bfloat16() for name, x in {"q": q, "k": k, "v": v}.items()}
+    return Case(f"D {dim}", lambda q, k, v, **more: block_causal_attention(q, k, v, layout, **more), tensors)
+
+
+def learns(k: int) -> Case:
+    shapes = {"sources": (64, 1568, 768), "norm_weight": (768,), "norm_bias": (768,)}
+    shapes |= {"w1": (64, 768), "b1": (64,), "w2": (k, 64), "b2": (k,)}
+    tensors = {name: torch.randn(shape, device="cuda").bfloat16() for name, shape in shapes.items()}
+    return Case(f"k {k}", token_learner, tensors)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize(("build", "size"), [(attends, 64), (attends, 80), (attends, 128), (learns, 32), (learns, 96)])
+def test_a_busy_gpu_repeats(build: Callable[[int], Case], size: int) -> None:
+    """Twenty runs give the same bits.  What would not: a barrier that a compiler leaves out between two warpgroups of a
+    tile (triton-lang/triton#11047), or a register that it reuses while tensor cores read it (#11781)."""
+    torch.manual_seed(0)
+    case = build(size)
+    once = evaluate(case, "triton")
+    for _ in range(20):
+        assert_same(evaluate(case, "triton"), once)
