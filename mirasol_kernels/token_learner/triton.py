@@ -178,8 +178,9 @@ def pool(
     for at in range(begin, stop, TOKENS):
         token = at + tl.arange(0, TOKENS)
         if hidden is None:
-            z, _, _ = first_layer(x, x_row, table, token, stop, folded, u, eps, C, H, TOKENS, BLOCK_C, BLOCK_H)
-            units = gelu(z + start[:, None], ERF).to(w2.dtype.element_ty)  # (BLOCK_H, TOKENS)
+            way, _, rstd = first_layer(x, x_row, table, token, stop, folded, u, eps, C, H, TOKENS, BLOCK_C, BLOCK_H)
+            z = tl.fma(way, rstd[None, :], start[:, None])
+            units = gelu(z, ERF).to(w2.dtype.element_ty)  # (BLOCK_H, TOKENS)
         else:
             mask = (token < stop)[None, :]
             if H % BLOCK_H:

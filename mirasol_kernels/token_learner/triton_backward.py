@@ -5,8 +5,8 @@
 with g, rho and offset of `prepare`.  For some batch rows at a time, so that what lies between them is bounded, three
 kernels follow one another:
 
-- `layer` leaves z without v, 4 h bytes a token, and the tokens' mean and rstd.  The next kernel wants z both ways round
-  (triton_layer.py says why), which would be the first layer twice;
+- `layer` leaves z without v and rstd, 4 h bytes a token, and the tokens' mean and rstd.  The next kernel wants z both
+  ways round (triton_layer.py says why), which would be the first layer twice;
 - `gradient` writes dx, leaves dz, and sums dw2 and db2.  With more than one block of learned tokens it scores a tile
   again for every block of channels of dx: h k products more for each (channels of a block) k;
 - `weights` (triton_weights.py) sums dz^T xhat, from which all gradients of the first layer and the norm follow.
@@ -96,7 +96,7 @@ def backward_launches(
                 **{"z": z, "moments": moments, "dz": dz, "dx": dx[rows], "second_sums": sums.second},
                 **{"batch": x.shape[0], "tiles": triton.cdiv(x.shape[1], tile.tokens)},
                 **layer_constants(w1, tile),
-                **{"K": k, "BLOCK_K": slots, "SINGLE": k <= slots, "ERF": erf, "DIVIDED": divide},
+                **{"K": k, "BLOCK_K": slots, "SINGLE": k <= slots, "ERF": erf},
             }
             grid = (min(tiles, len(sums.second)),)
             done += [
@@ -226,7 +226,6 @@ def gradient(
     BLOCK_K: tl.constexpr,
     SINGLE: tl.constexpr,
     ERF: tl.constexpr,
-    DIVIDED: tl.constexpr,
 ):
     """Every so-many-th tile of tokens: dx and dz, and the sums of dw2 (K, H) and db2 (K) in a slice of its own."""
     unit = tl.arange(0, BLOCK_H)
@@ -242,18 +241,19 @@ def gradient(
         live = token < stop
         row = b * n + token
         here = (token < n)[None, :] & (unit < H)[:, None]
-        xhat_z = tl.load(z + row[None, :] * H + unit[:, None], mask=here, other=0.0)  # (BLOCK_H, TOKENS)
-        units = gelu(xhat_z + start[:, None], ERF).to(w2.dtype.element_ty)
+        mean = tl.load(moments + row, mask=token < n, other=0.0)
+        rstd = tl.load(moments + batch.to(tl.int64) * n + row, mask=token < n, other=0.0)
+        way_z = tl.load(z + row[None, :] * H + unit[:, None], mask=here, other=0.0)  # (BLOCK_H, TOKENS)
+        units = gelu(tl.fma(way_z, rstd[None, :], start[:, None]), ERF).to(w2.dtype.element_ty)
         again = tl.load(
             z + row[:, None] * H + unit[None, :], mask=(token < n)[:, None] & (unit < H)[None, :], other=0.0
         )
-        units_t = gelu(again + start[None, :], ERF).to(w2.dtype.element_ty)  # (TOKENS, BLOCK_H)
+        units_t = gelu(tl.fma(again, rstd[:, None], start[None, :]), ERF).to(w2.dtype.element_ty)  # (TOKENS, BLOCK_H)
 
-        # Of a state in float16 the weights p rho are kept near 1 too, by the largest rho of the batch row.
-        peak = tl.full([], 1.0, tl.float32)
-        if not DIVIDED:
-            every = tl.arange(0, triton.next_power_of_2(K))
-            peak = tl.max(tl.load(rho + b * K + every, mask=every < K, other=0.0), 0)
+        # Weights p rho lie in the range of float16, like g, by the largest rho of the batch row: a power of two.
+        every = tl.arange(0, triton.next_power_of_2(K))
+        peak = tl.max(tl.load(rho + b * K + every, mask=every < K, other=0.0), 0)
+        peak = tl.exp2(tl.ceil(tl.log2(peak)))
         dunits = tl.zeros([BLOCK_H, TOKENS], tl.float32)
         if SINGLE:
             p, scale = weights_of(units, live, slots, b, w2, b2, maximum, rho, K, H, BLOCK_K, BLOCK_H)
@@ -276,13 +276,12 @@ def gradient(
                 dunits = tl.dot(tl.trans(second), ds.to(w2.dtype.element_ty), dunits, input_precision="ieee")
 
         # Rounded before anything uses it, so that dx stays orthogonal to 1 and xhat.
-        dz_low = (dunits * gelu_slope(xhat_z + start[:, None], ERF)).to(w2.dtype.element_ty)
+        slope = gelu_slope(tl.fma(way_z, rstd[None, :], start[:, None]), ERF)
+        dz_low = (dunits * slope).to(w2.dtype.element_ty)
         tl.store(dz + row[None, :] * H + unit[:, None], dz_low, mask=here)
         dz_wide = dz_low.to(tl.float32)
         along_one = tl.sum(dz_wide * sums[:, None], 0) / C
-        along_xhat = tl.sum(dz_wide * xhat_z, 0) / C
-        mean = tl.load(moments + row, mask=token < n, other=0.0)
-        rstd = tl.load(moments + batch.to(tl.int64) * n + row, mask=token < n, other=0.0)
+        along_xhat = tl.sum(dz_wide * way_z, 0) * rstd / C
         for first in range(0, C, BLOCK_C):
             channel = first + tl.arange(0, BLOCK_C)
             rows = load_matrix(folded, unit, channel, H, C, BLOCK_H, BLOCK_C)

@@ -13,7 +13,8 @@ have no bits left, is less than their last bit.
 
 Everything is kept transposed, tokens last: the next product takes z^T as it is, and transposing the result of a product
 is miscompiled by Triton 3.4 to 3.7.0.  Backward must find the logits of forward to the bit, since exp of a difference
-of two numbers near 1e4 forgives nothing: both come through `first_layer`, with one tile.
+of two numbers near 1e4 forgives nothing: both come through `first_layer`, with one tile, and multiplications that an
+addition follows are fused by hand, which a compiler would do in one kernel and not in another.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def layer_launch(
     read: dict[str, Any], first: dict[str, Tensor], z: Tensor, moments: Tensor | None, erf: bool, machine: Machine
 ) -> Launch:
     """The kernel that fills z (B, n, h): the hidden units gelu(z) in z's dtype; or, given the moments (2, B, n) to
-    fill, mean and rstd, z before v is added, in float32: all that backward wants to know."""
+    fill, mean and rstd, what `first_layer` returns, in float32: all that backward wants to know."""
     batch, n, h = z.shape
     tile = tile_of("layer", h, read["x"].dtype, machine)
     tiles = triton.cdiv(n, tile.tokens)
@@ -137,7 +138,8 @@ def first_layer(
     BLOCK_C: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """folded xhat^T (BLOCK_H, TOKENS), which lacks v, with the mean and rstd of the tokens (TOKENS)."""
+    """(folded x - u mean)^T (BLOCK_H, TOKENS), of which z^T is rstd times this plus v, with the mean and rstd of the
+    tokens (TOKENS)."""
     unit = tl.arange(0, BLOCK_H)
     head = load_tokens(x, x_row, table, token, stop, 0, C, BLOCK_C).to(tl.float32)
     shift = tl.sum(head, 1) / min(C, BLOCK_C)
@@ -161,7 +163,7 @@ def first_layer(
     mean = shift + drift
     left = drift if x.dtype.element_ty == tl.float32 else mean  # of the mean, in acc
     sums = load_vector(u, unit, H, BLOCK_H)
-    return (acc - sums[:, None] * left[None, :]) * rstd[None, :], mean, rstd
+    return tl.fma(-sums[:, None], left[None, :], acc), mean, rstd
 
 
 @triton.jit
@@ -208,14 +210,14 @@ def layer(
     b = (tl.program_id(0) // tiles).to(tl.int64)
     token = (tl.program_id(0) % tiles) * TOKENS + tl.arange(0, TOKENS)
     stop = count_of(valid, sources, b, n)
-    xhat, mean, rstd = first_layer(
+    way, mean, rstd = first_layer(
         x + b * x_batch, x_row, table, token, stop, folded, u, eps, C, H, TOKENS, BLOCK_C, BLOCK_H
     )
     unit, row = tl.arange(0, BLOCK_H), b * n + token
     if moments is None:
-        xhat = gelu(xhat + load_vector(v, unit, H, BLOCK_H)[:, None], ERF)
+        way = gelu(tl.fma(way, rstd[None, :], load_vector(v, unit, H, BLOCK_H)[:, None]), ERF)
     else:
         tl.store(moments + row, mean, mask=token < n)
         tl.store(moments + batch.to(tl.int64) * n + row, rstd, mask=token < n)
     mask = (token < n)[None, :] & (unit < H)[:, None]
-    tl.store(z + row[None, :] * H + unit[:, None], xhat.to(z.dtype.element_ty), mask=mask)
+    tl.store(z + row[None, :] * H + unit[:, None], way.to(z.dtype.element_ty), mask=mask)
