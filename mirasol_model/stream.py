@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Stream:
-    """A clip without end, for a model in eval mode. What it keeps does not grow: the Combiner's state (the TTM's
+    """A clip without end. What it keeps does not grow: the Combiner's state (the TTM's
     memory, or `combiner.window` snippets of keys and values in context "all"), and of the latent model the keys, values
     and latents of the first `sink` and the last `window` snippets.
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models
-
 from mirasol_model.config import TextConfig
+
+try:
+    from tokenizers import Tokenizer, decoders, models
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError("text needs tokenizers: pip install 'mirasol-kernels[model]'") from error
 
 
 def byte_tokenizer() -> Tokenizer:

@@ -113,6 +113,16 @@ def test_tokens_come_one_by_one():
     assert torch.equal(torch.stack(list(stream.generate_tokens(prompt, 5)), dim=1).clamp(min=0), asked)
 
 
+def test_train_mode_changes_no_answer():
+    made = model(latent={"mask_ratio": 0.9})
+    (video, audio), prompt = clip(8), words(1)
+    encoded, answer = made.encode(video, audio), made.generate(video, audio, prompt, 4)
+    made.train()
+    assert torch.equal(made.encode(video, audio).latents, encoded.latents)
+    assert torch.equal(made.generate(video, audio, prompt, 4), answer)
+    assert not torch.equal(made(video, audio).latents, encoded.latents)
+
+
 def test_stop_tokens_end_an_answer():
     made = model()
     encoded, prompt = made.encode(*clip(8)), words(1)
