@@ -24,7 +24,7 @@ from mirasol_model.audio import LogMel
 from mirasol_model.combiner import build_combiner
 from mirasol_model.config import MirasolConfig
 from mirasol_model.encoders import AudioTokenizer, Tube, TubeTokenizer, ViT, default_tubes
-from mirasol_model.inputs import Clips, PerRow, check_text, read_clips
+from mirasol_model.inputs import Clips, PerRow, check_device, check_text, read_clips
 from mirasol_model.latent import LatentModel
 from mirasol_model.layers import recomputed
 from mirasol_model.losses import LatentLoss, Reconstruction, mean_of, text_loss
@@ -109,6 +109,7 @@ class Mirasol(nn.Module, PyTorchModelHubMixin, library_name="mirasol-kernels", l
         `frames` and `has_audio` are needed on the host: give lists, or tensors there. Raises ValueError or TypeError
         naming the argument, before anything is computed.
         """
+        check_device("Mirasol", self.latent.slots.device, video=video, audio=audio)
         clips = self.read(video, audio, text, labels=labels, frames=frames, has_audio=has_audio)
         return self.predict(clips, text, labels)
 
@@ -122,7 +123,8 @@ class Mirasol(nn.Module, PyTorchModelHubMixin, library_name="mirasol-kernels", l
         frames: int | PerRow | None = None,
         has_audio: PerRow | None = None,
     ) -> Clips:
-        """The arguments of `forward`, checked, and its clips cut into snippets."""
+        """The arguments of `forward`, checked, and its clips cut into snippets: these may be on any device."""
+        check_device("Mirasol", self.latent.slots.device, text=text, labels=labels)
         clips = self._read("Mirasol", video, audio, frames, has_audio)
         for name, tokens in (("text", text), ("labels", labels)):
             if tokens is not None:
@@ -158,6 +160,7 @@ class Mirasol(nn.Module, PyTorchModelHubMixin, library_name="mirasol-kernels", l
 
         The latents (B, T, m, d) are in the dtype of the parameters, T the snippets of the longest clip.
         """
+        check_device("encode", self.latent.slots.device, video=video, audio=audio)
         clips = self._read("encode", video, audio, frames, has_audio)
         return self._encode(clips, clips)
 
@@ -197,6 +200,7 @@ class Mirasol(nn.Module, PyTorchModelHubMixin, library_name="mirasol-kernels", l
         them for one clip; `Text.prompt` makes a row. -> (Q, <= max_new_tokens) int64, padded behind.
         more: as in `mirasol_model.generate.generate_tokens`. Raises ValueError or TypeError naming the argument.
         """
+        check_device("generate", self.latent.slots.device, prompt=prompt)  # before the clip is encoded
         encoded = self.encode(video, audio, frames=frames, has_audio=has_audio)
         sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, **more}
         return self.answer(encoded, prompt, max_new_tokens, **sampling)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mirasol_model.combiner import Past
 from mirasol_model.generate import generate, generate_tokens
-from mirasol_model.inputs import read_clips
+from mirasol_model.inputs import check_device, read_clips
 from mirasol_model.text import Memory
 
 if TYPE_CHECKING:
@@ -144,8 +144,9 @@ class Stream:
         video: (B, 3, f, H, W), the snippet's config.video.frames frames, or fewer; or None.
         audio: (B, samples), its samples, or None. Types and errors as in `Mirasol.forward`.
         """
+        check_device("stream.push", self.model.latent.slots.device, video=video, audio=audio)
         frames = self.model.config.video.frames
-        if video is not None and video.ndim == 5 and video.shape[2] > frames:
+        if isinstance(video, Tensor) and video.ndim == 5 and video.shape[2] > frames:
             raise ValueError(f"stream.push: video: expected at most {frames} frames, got {video.shape[2]}")
         clips = read_clips("stream.push", video, audio, frames if video is None else None, None, frames)
         rows = len(clips.frames)

@@ -182,6 +182,12 @@ def test_what_does_not_fit_is_an_error(change, error, message):
         made.answer(encoded, **{"prompt": words(2), **change})
 
 
+def test_one_clip_and_no_prompt_is_an_error():
+    made = model(dtype=torch.float32)
+    with pytest.raises(ValueError, match="generate: prompt: expected at least 1 row, got 0"):
+        made.answer(made.encode(*clip(8, dtype=torch.float32)), words(0))
+
+
 # ------------------------------------------------------------------------------------------------------ streams
 
 
