@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mirasol_kernels import _ranges
-from mirasol_kernels._dispatch import use_backend, wanted_backend
+from mirasol_kernels._dispatch import explaining, use_backend, wanted_backend
 from mirasol_kernels.block_causal_attention import block_causal_attention
 from mirasol_kernels.block_causal_attention.api import check_scale, checked
 from mirasol_kernels.layout import Ints, SnippetLayout
@@ -277,6 +277,9 @@ def context_parallel_attention(
             expected = f"{held.count(ranks.rank)} tokens of rank {ranks.rank}"
             raise ValueError(f"{op}: {name}: expected {expected}, got {x.shape[2]}")
     layout.validate(q_shards.tokens, shards.tokens, q.shape[0], op=op)
+    if explaining():  # of this rank's own keys, before any are sent
+        mine = _parts(layout, q_shards, shards, ranks.rank)[ranks.rank]
+        block_causal_attention(q, k, v, mine, scale=scale, backend=backend)
     if method == "gather":
         keys, values = ranks.gather(k, shards), ranks.gather(v, shards)
         rows = _rows(layout, q_shards, ranks.rank)

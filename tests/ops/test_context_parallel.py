@@ -18,6 +18,7 @@ from mirasol_kernels import (
     SnippetLayout,
     block_causal_attention,
     context_parallel_attention,
+    explain,
     snippet_owners,
     use_backend,
 )
@@ -129,6 +130,15 @@ def test_backward_runs_on_the_backend_of_forward(alone: Ranks, monkeypatch, forw
         out.sum().backward()
     assert len(chosen) == 2 and chosen[0] is chosen[1]
     assert chosen[0] is None or forward is None
+
+
+def test_explain_sends_nothing(alone: Ranks) -> None:
+    """Of two ranks only one is here: what it would send, nobody would take."""
+    alone.size = 2
+    q, shards = torch.randn(1, 1, 4, 8), ContextShards([4, 4], [0, 1], 2)
+    for method in ("ring", "gather"):
+        said = explain(context_parallel_attention, q, q, q, SnippetLayout.uniform(2, 4), alone, shards, method=method)
+        assert said == explain(block_causal_attention, q, q, q, SnippetLayout.uniform(1, 4))
 
 
 def test_a_second_derivative_is_an_error(alone: Ranks) -> None:
