@@ -33,7 +33,7 @@ class LatentModel(nn.Module):
     def forward(
         self, x: Tensor, spread: Spread | None = None, *, mask: bool = False, recompute: bool = False
     ) -> Tensor:
-        """x (B, T, m, d) -> h (B, T, m, d), floating, of one dtype.
+        """x (B, T, m, d), of the parameters' dtype and device -> h (B, T, m, d).
 
         mask: for training, `mask_ratio` of the tokens of x, at random, give way to a learned one.
         spread: x are the snippets of one rank of several, and so is h. Ranks whose random numbers are equal hide what
