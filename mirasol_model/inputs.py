@@ -107,7 +107,8 @@ def _per_row(name: str, values: int | PerRow | None, rows: int) -> list[int]:
 def check_text(op: str, name: str, text: Tensor, rows: int | None, vocabulary: int) -> None:
     """(B, L) int64. The values are looked at where that costs no wait, on the CPU."""
     if not isinstance(text, Tensor) or text.dtype != torch.int64:
-        raise TypeError(f"{op}: {name}: expected an int64 tensor, got {getattr(text, 'dtype', type(text).__name__)}")
+        got = text.dtype if isinstance(text, Tensor) else type(text).__name__
+        raise TypeError(f"{op}: {name}: expected an int64 tensor, got {got}")
     if text.ndim != 2 or text.shape[1] < 1 or (rows is not None and len(text) != rows):
         expected = "(B, L)" if rows is None else f"({rows}, L)"
         raise ValueError(f"{op}: {name}: expected {expected} with L at least 1, got {tuple(text.shape)}")

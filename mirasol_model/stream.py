@@ -81,11 +81,12 @@ class Stream:
             was = MirasolConfig.from_json(bytes(state["model"].tolist()).decode())
             if different := was.differences(self.model.config):
                 raise ValueError(f"stream.load_state_dict: state: is of another model: this one has {different}")
-        seen, window, sink = state["size"].tolist()
-        if (window, sink) != (self.window, self.sink):
+        seen, *reach = state["size"].flatten().tolist()
+        window, sink = self.window, self.sink
+        if reach != [window, sink]:
             raise ValueError(
-                f"stream.load_state_dict: state: expected window {self.window} and sink {self.sink}, "
-                f"got {window} and {sink}"
+                f"stream.load_state_dict: state: expected window {window} and sink {sink}, "
+                f"got {' and '.join(map(str, reach))}"
             )
         like = self.model.latent.slots
         state = {name: x.to(like) if x.is_floating_point() else x.to(like.device) for name, x in state.items()}

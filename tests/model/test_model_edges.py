@@ -66,6 +66,7 @@ def test_a_checkpoint_of_another_model_does_not_load(tmp_path):
         ({"audio": None, "has_audio": [True, False]}, ValueError, "has_audio: expected no row to have any"),
         ({"video": None, "frames": 8, "has_audio": [1, 0]}, ValueError, "has_audio: expected every row to"),
         ({"text": torch.ones(2, 6)}, TypeError, "text: expected an int64 tensor, got torch.float32"),
+        ({"text": np.ones((2, 6), np.int64)}, TypeError, "text: expected an int64 tensor, got ndarray"),
         ({"text": words(3)}, ValueError, r"text: expected \(2, L\) with L at least 1, got \(3, 6\)"),
         ({"text": words(2) + 320}, ValueError, "text: expected tokens 0 .. 319, got"),
         ({"labels": words(2, 5)}, ValueError, r"labels: expected \(2, 6\) like text, got \(2, 5\)"),
