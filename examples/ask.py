@@ -2,8 +2,8 @@
 
 python examples/ask.py [CLIP] --ask "Which ball rings the lowest?" "How many are there?" [--model FOLDER] [--frames 32]
 
---model is a folder of `save_pretrained`, as training leaves it in <out>/model. Without it the weights are random, as
-none were ever published, and so is what is said.
+--model is a folder as training leaves it in <out>/model: that of `save_pretrained`, and a tokenizer.json unless text is
+bytes. Without --model the weights are random, as none were ever published, and so is what is said.
 """
 
 import argparse
@@ -29,7 +29,8 @@ model = (
     Mirasol.from_pretrained(options.model) if options.model else Mirasol(MirasolConfig.preset(options.preset)).eval()
 )
 config = model.config
-text = Text(config.text, options.model / "tokenizer.json" if options.model else None)
+file = options.model / "tokenizer.json" if options.model else None
+text = Text(config.text, file if file and file.exists() else None)
 clip = read_clip(options.clip, frames=options.frames, size=config.video.size, sample_rate=config.audio.sample_rate)
 with torch.no_grad():
     encoded = model.encode(clip.video[None], None if clip.audio is None else clip.audio[None])

@@ -2,6 +2,8 @@
 nor what the model keeps grows with time.
 
 python examples/live.py [CLIP] [--ask "What is heard?"] [--every 4] [--speed 1] [--model FOLDER]
+
+A clip without sound is seen alone; one that does not say its rate is played at 25 frames a second.
 """
 
 import argparse
@@ -31,14 +33,21 @@ def pictures(path: Path, size: int) -> Iterator[np.ndarray]:
 def sounds(path: Path, rate: int) -> Iterator[np.ndarray]:
     """Pieces (samples,) of the sound, mono."""
     with av.open(str(path)) as container:
+        if not container.streams.audio:
+            return
         resampler = av.AudioResampler(format="fltp", rate=rate)
         for frame in container.decode(audio=0):
             yield from (piece.to_ndarray().mean(0) for piece in resampler.resample(frame))
 
 
-def snippets(path: Path, frames: int, fps: float, size: int, rate: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Video (1, 3, frames, size, size) and the sound of its time (1, samples), until the file ends."""
-    heard, waiting, sound = 0, np.zeros(0, np.float32), sounds(path, rate)
+def snippets(
+    path: Path, frames: int, fps: float, size: int, rate: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+    """Video (1, 3, frames, size, size) and the sound of its time (1, samples), until the file ends; sound is None
+    where the file has none."""
+    heard, sound = 0, sounds(path, rate)
+    first = next(sound, None)
+    waiting = np.zeros(0, np.float32) if first is None else first
     held: list[np.ndarray] = []
     seen = 0
     for picture in pictures(path, size):
@@ -52,7 +61,7 @@ def snippets(path: Path, frames: int, fps: float, size: int, rate: int) -> Itera
         audio, waiting = waiting[:needed], waiting[needed:]
         heard += needed
         audio = np.pad(audio, (0, needed - len(audio)))  # sound that ends before the picture
-        yield torch.from_numpy(np.stack(held, 1))[None], torch.from_numpy(audio)[None]
+        yield torch.from_numpy(np.stack(held, 1))[None], None if first is None else torch.from_numpy(audio)[None]
         held = []
 
 
@@ -69,9 +78,12 @@ def main() -> None:
 
     config = MirasolConfig.preset(options.preset)
     model = Mirasol.from_pretrained(options.model) if options.model else Mirasol(config).eval()
-    config, text = model.config, Text(model.config.text)
+    config = model.config
+    file = options.model / "tokenizer.json" if options.model else None
+    text = Text(config.text, file if file and file.exists() else None)
     with av.open(str(options.clip)) as container:
-        fps = float(container.streams.video[0].average_rate)
+        video = container.streams.video[0]
+        fps = float(video.average_rate or video.guessed_rate or 25)
     stream, begin, late = model.stream(window=options.window), time.monotonic(), 0.0
     parts = snippets(options.clip, config.video.frames, fps, config.video.size, config.audio.sample_rate)
     for video, audio in parts:

@@ -54,6 +54,17 @@ def unasked() -> bool:
     return _wish.name is None and not _wish.explain
 
 
+def explaining() -> bool:
+    """Whether `explain` asks: who would send or store something before the choice is made, makes it first."""
+    return _wish.explain
+
+
+def only_reference() -> None:
+    """Of a function without backends: its answer to `explain`, before anything is computed."""
+    if _wish.explain:
+        raise _Explained({"reference": "runs"})
+
+
 @contextlib.contextmanager
 def use_backend(name: str | None) -> Iterator[None]:
     """Within it every op of this thread runs on backend `name`, or raises NotImplementedError with the reason.
@@ -161,7 +172,8 @@ class Op:
 
 
 def explain(op: Callable | str, *args: Any, **kwargs: Any) -> dict[str, str]:
-    """What each backend says to the call `op(*args, **kwargs)`: "runs", or the reason why not.  Nothing is computed.
+    """What each backend says to the call `op(*args, **kwargs)`: "runs", or the reason why not.  Nothing is computed,
+    sent or stored.
 
     op: a public function of this package, with its own arguments, which are checked as in the call itself; or the name
     of an op alone, for what its backends say to every call on this machine.

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mirasol_kernels import _ranges
+from mirasol_kernels._dispatch import explaining, use_backend, wanted_backend
 from mirasol_kernels.block_causal_attention import block_causal_attention
 from mirasol_kernels.block_causal_attention.api import check_scale, checked
 from mirasol_kernels.layout import Ints, SnippetLayout
@@ -276,13 +277,16 @@ def context_parallel_attention(
             expected = f"{held.count(ranks.rank)} tokens of rank {ranks.rank}"
             raise ValueError(f"{op}: {name}: expected {expected}, got {x.shape[2]}")
     layout.validate(q_shards.tokens, shards.tokens, q.shape[0], op=op)
+    if explaining():  # of this rank's own keys, before any are sent
+        mine = _parts(layout, q_shards, shards, ranks.rank)[ranks.rank]
+        block_causal_attention(q, k, v, mine, scale=scale, backend=backend)
     if method == "gather":
         keys, values = ranks.gather(k, shards), ranks.gather(v, shards)
         rows = _rows(layout, q_shards, ranks.rank)
         out, lse = block_causal_attention(q, keys, values, rows, scale=scale, return_lse=True, backend=backend)
     else:
         parts = _parts(layout, q_shards, shards, ranks.rank)
-        out, lse = _Ring.apply(q, k, v, ranks, parts, scale, backend)
+        out, lse = _Ring.apply(q, k, v, ranks, parts, scale, backend or wanted_backend())
     return (out, lse) if return_lse else out
 
 
@@ -324,11 +328,10 @@ class _Ring(torch.autograd.Function):
             _wait(waiting)  # the gradients that belong to these keys, as far as the ranks before this one go
             gradients = arriving
             if _seen(parts[owner]):
-                with torch.enable_grad():
+                # Its wish as it was in forward: backward may run in another thread, or outside of the caller's `with`.
+                with torch.enable_grad(), use_backend(backend):
                     inputs = [x.detach().requires_grad_() for x in (q, keys, values)]
-                    results = block_causal_attention(
-                        *inputs, parts[owner], scale=scale, return_lse=True, backend=backend
-                    )
+                    results = block_causal_attention(*inputs, parts[owner], scale=scale, return_lse=True)
                 more, more_lse = (x.detach() for x in results)
                 share = _share(more_lse, lse)  # (B, Hq, Nq, 1)
                 to_lse = share[..., 0] * ((dout.to(wide) * more.to(wide)).sum(3) - delta)

@@ -299,8 +299,7 @@ class SnippetLayout:
         """The tables on `device`, copied there at first use.  Shared: do not write into them.
 
         A layout not yet on `device` is copied inside the graph when torch.compile traces this; and its copy would
-        break the capture of a CUDA graph.  `to(device)` before avoids both.  A graph reads the tables
-        where they were when it was captured: keep the layout for as long as you replay it.
+        break the capture of a CUDA graph.  `to(device)` before avoids both.  Keep the layout as long as a graph.
         """
         if device == "cpu":  # before a torch.device is made: of a small call that is a twentieth
             return self._tables

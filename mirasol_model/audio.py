@@ -47,11 +47,9 @@ class LogMel(nn.Module):
     Before that the mean of the waveform is removed, over the row's own real samples: padding, and in a snippet the
     future, do not enter it. There are `frames(S)` frames, at least one (a row shorter than a window is zero-padded).
     What lies past a row's real frames is SILENCE after normalisation; zero there would look like loud sound.
-    It runs in float32 (float64 for float64 input), also under autocast: energies span nine decades.
+    It runs in float32 (float64 for float64 input), also under autocast and in a model of half precision: energies span
+    nine decades.
     """
-
-    window: Tensor
-    filters: Tensor
 
     def __init__(self, sample_rate: int = 16000, window_ms: float = 25, hop_ms: float = 10, mel_bins: int = 128):
         super().__init__()
@@ -64,15 +62,20 @@ class LogMel(nn.Module):
                 f"got {window_ms} and {hop_ms} ms"
             )
         self.fft = 1 << (self.window_samples - 1).bit_length()
-        self.register_buffer("window", torch.empty(self.window_samples), persistent=False)
-        self.register_buffer("filters", torch.empty(mel_bins, self.fft // 2), persistent=False)
-        self.reset_parameters()
+        self._tables: dict[tuple, tuple[Tensor, Tensor]] = {}
 
-    def reset_parameters(self) -> None:
-        """Fill the constant tables: at construction, and again after `to_empty`."""
-        with torch.no_grad():
-            self.window.copy_(torch.hann_window(self.window_samples, periodic=False))
-            self.filters.copy_(mel_filters(self.mel_bins, self.fft, self.sample_rate))
+    def tables(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Hann window (window_samples,) and mel filters (mel_bins, fft // 2), of float32's precision in any dtype.
+
+        Not buffers: `model.bfloat16()` would round them."""
+        found = self._tables.get((device, dtype))
+        if found is None:
+            window = torch.hann_window(self.window_samples, periodic=False, dtype=torch.float32)
+            filters = mel_filters(self.mel_bins, self.fft, self.sample_rate).float()
+            found = window.to(device, dtype), filters.to(device, dtype)
+            if not torch.compiler.is_compiling():  # a tensor of a trace must not outlive it
+                self._tables[device, dtype] = found
+        return found
 
     def frames(self, samples: int) -> int:
         """Spectrogram frames with real sound in a row of `samples` real samples."""
@@ -94,6 +97,7 @@ class LogMel(nn.Module):
     def _spectrogram(self, audio: Tensor, counts: Tensor | Sequence[int] | None) -> Tensor:
         dtype = torch.float64 if audio.dtype == torch.float64 else torch.float32
         audio, samples = audio.to(dtype), audio.shape[1]
+        window, filters = self.tables(audio.device, dtype)
         if counts is None:
             counts = [samples] * len(audio)
         real = torch.as_tensor(counts, device=audio.device)[:, None]  # (N, 1)
@@ -105,9 +109,9 @@ class LogMel(nn.Module):
         x = x - x.mean(-1, keepdim=True)  # (N, frames, window)
         # The first sample of a frame has no predecessor in it and stands in for its own.
         x = x - PRE_EMPHASIS * torch.cat([x[..., :1], x[..., :-1]], dim=-1)
-        spectrum = torch.fft.rfft(x * self.window.to(dtype), n=self.fft)[..., :-1]  # Kaldi has no filter at Nyquist
+        spectrum = torch.fft.rfft(x * window, n=self.fft)[..., :-1]  # Kaldi has no filter at Nyquist
         energy = spectrum.real.square() + spectrum.imag.square()  # (N, frames, fft // 2)
-        mel = (energy @ self.filters.to(dtype).T).clamp(min=FLOOR).log()  # (N, frames, mel_bins)
+        mel = (energy @ filters.T).clamp(min=FLOOR).log()  # (N, frames, mel_bins)
         mel = (mel - AUDIOSET_MEAN) / (2 * AUDIOSET_STD)
 
         sounding = 1 + (real - self.window_samples).clamp(min=0) // self.hop_samples  # count_frames, on the device

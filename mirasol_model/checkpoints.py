@@ -30,9 +30,11 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
+from mirasol_model.config import MirasolConfig
 from mirasol_model.parallel import bare
 
 NAME = re.compile(r"step-(\d+)")
+CONFIG = "config.json"  # of the model, beside its tensors
 
 
 def steps(folder: Path | str) -> list[int]:
@@ -79,6 +81,10 @@ def save(
     with _alone_or_not():
         dcp.save(state, storage_writer=dcp.FileSystemWriter(growing, sync_files=True))
     if first():
+        with (growing / CONFIG).open("w") as file:
+            file.write(bare(model).config.to_json())
+            file.flush()
+            os.fsync(file.fileno())
         sync(growing)
         growing.rename(whole)
         sync(folder)
@@ -106,6 +112,13 @@ def load(
         name, more = wrong[0], f" (and {len(wrong) - 1} others)" if len(wrong) > 1 else ""
         expected, got = (f"{of[name]}" if name in of else "no such parameter" for of in (sizes, found))
         raise ValueError(f"load: folder: {path} is of another model: {name}: expected {expected}, got {got}{more}")
+    # Shapes do not say it all: heads, windows, what a Combiner looks at. Older checkpoints have no configuration.
+    if (path / CONFIG).is_file():
+        was = MirasolConfig.from_json((path / CONFIG).read_text())
+        if different := was.differences(bare(model).config):
+            raise ValueError(
+                f"load: folder: {path} is of another model: expected what it was saved with, got {different}"
+            )
     for name in progress or ():
         if f"progress.{name}" not in saved:
             raise ValueError(f"load: progress: expected names that {path} has, got {name!r}")

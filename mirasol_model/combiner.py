@@ -44,6 +44,12 @@ class Combiner(nn.Module):
         self.config = config
 
     def forward(self, video: Tensor | None, audio: Tensor | None, counts: Pair = (None, None)) -> Tensor:
+        """All snippets of some clips -> x (B, T, m, d), in the dtype of the tokens.
+
+        video: (B, T, n_v, d), audio: (B, T, n_a, d), floating, of the parameters' dtype and device; either may be None.
+        counts: of each, (B, T) integers on the host, how many leading tokens of a snippet are real, or None for all.
+        Raises ValueError if both are None.
+        """
         return self.step(video, audio, counts, keep=False)[0]
 
     def step(

@@ -64,7 +64,9 @@ class ClipFolder(Dataset[Example]):
         expect(self.file.is_file(), "data.prompts", "a JSONL file", str(prompts))
         self.wanted: dict[str, Any] = {"frames": frames, "least": least, "fps": fps}
         self.wanted |= {"size": size, "sample_rate": sample_rate}
-        numbered = enumerate(self.file.read_text().splitlines(), start=1)
+        numbered = enumerate(
+            self.file.read_text("utf-8").split("\n"), start=1
+        )  # not at U+2028, which JSON leaves as it is
         self.lines = [(number, line) for number, line in numbered if line.strip()]
         expect(bool(self.lines), "data.prompts", "at least one line", str(prompts))
 
@@ -84,6 +86,8 @@ class ClipFolder(Dataset[Example]):
         for name in ("clip", "prompt", "answer", "kind"):
             if not isinstance(fields.get(name), str):
                 raise BadExample(f"{place}: {name}: expected text, got {fields.get(name)!r}")
+        if "\0" in fields["clip"]:  # the system would refuse it with an error that is none of a clip
+            raise BadExample(f"{place}: clip: expected the name of a file, got {fields['clip']!r}")
         if not fields["answer"].strip():
             raise BadExample(f"{place}: answer: expected some text, got none, for clip {fields['clip']}")
         clip = read_clip(self.file.parent / fields["clip"], **self.wanted)

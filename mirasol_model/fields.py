@@ -14,9 +14,9 @@ def expect(condition: bool, name: str, expected: str, got: object) -> None:
 
 
 def typed(part: str, owner: object) -> None:
-    """Every field of a dataclass has the type it is annotated with."""
+    """Every field of a frozen dataclass has the type it is annotated with; a list becomes the tuple it stands for."""
     for name, hint in get_type_hints(type(owner)).items():
-        read(hint, getattr(owner, name), f"{part}.{name}")
+        object.__setattr__(owner, name, read(hint, getattr(owner, name), f"{part}.{name}"))
 
 
 def positive(part: str, owner: object, *names: str) -> None:

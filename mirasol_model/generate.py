@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mirasol_model.inputs import check_text
+from mirasol_model.inputs import check_device, check_text
 from mirasol_model.text import Memory, TextCache, TextDecoder
 
 
@@ -51,10 +51,12 @@ def generate_tokens(
     of `stop`, or after max_new_tokens. ValueError or TypeError names the argument that is not so, at once.
     """
     check_text("generate", "prompt", prompt, None, decoder.config.vocabulary)
+    check_device("generate", decoder.embed.weight.device, prompt=prompt)
     rows, longest = prompt.shape
     clips = len(memory.layers[0][0])
-    if rows != clips and clips != 1:
-        raise ValueError(f"generate: prompt: expected {clips} rows like the clips, got {rows}")
+    if rows != clips and (clips != 1 or rows < 1):
+        expected = f"{clips} rows like the clips" if clips != 1 else "at least 1 row"
+        raise ValueError(f"generate: prompt: expected {expected}, got {rows}")
     if max_new_tokens < 1:
         raise ValueError(f"generate: max_new_tokens: expected at least 1, got {max_new_tokens}")
     if not temperature >= 0:

@@ -53,6 +53,9 @@ def read_clips(
     """Check, and cut. Arguments and errors as `Mirasol.forward` says."""
     if video is None and audio is None:
         raise ValueError(f"{op}: video, audio: expected at least one of them, got None for both")
+    for name, x in (("video", video), ("audio", audio)):
+        if x is not None and not isinstance(x, Tensor):
+            raise TypeError(f"{op}: {name}: expected a tensor or None, got {type(x).__name__}")
     if video is not None and (video.ndim != 5 or video.shape[1] != 3 or 0 in video.shape):
         raise ValueError(f"{op}: video: expected (B, 3, frames, H, W), got {tuple(video.shape)}")
     if audio is not None and (audio.ndim != 2 or 0 in audio.shape):
@@ -93,7 +96,7 @@ def read_clips(
 
 def _per_row(name: str, values: int | PerRow | None, rows: int) -> list[int]:
     numbers = values.tolist() if isinstance(values, Tensor) else values
-    numbers = [numbers] * rows if isinstance(numbers, int) else list(numbers or ())
+    numbers = [numbers] * rows if isinstance(numbers, int) else list(() if numbers is None else numbers)
     if len(numbers) != rows:
         raise ValueError(f"{name}: expected {rows}, one per row, got {len(numbers)}")
     if not all(isinstance(number, int | np.integer | np.bool_) for number in numbers):
@@ -104,13 +107,22 @@ def _per_row(name: str, values: int | PerRow | None, rows: int) -> list[int]:
 def check_text(op: str, name: str, text: Tensor, rows: int | None, vocabulary: int) -> None:
     """(B, L) int64. The values are looked at where that costs no wait, on the CPU."""
     if not isinstance(text, Tensor) or text.dtype != torch.int64:
-        raise TypeError(f"{op}: {name}: expected an int64 tensor, got {getattr(text, 'dtype', type(text).__name__)}")
+        got = text.dtype if isinstance(text, Tensor) else type(text).__name__
+        raise TypeError(f"{op}: {name}: expected an int64 tensor, got {got}")
     if text.ndim != 2 or text.shape[1] < 1 or (rows is not None and len(text) != rows):
         expected = "(B, L)" if rows is None else f"({rows}, L)"
         raise ValueError(f"{op}: {name}: expected {expected} with L at least 1, got {tuple(text.shape)}")
-    if text.device.type == "cpu" and text.numel():
-        low, high = (-100 if name == "labels" else 0), int(text.max())
-        if int(text.min()) < low or high >= vocabulary:
-            raise ValueError(
-                f"{op}: {name}: expected tokens {low} .. {vocabulary - 1}, got {int(text.min())} .. {high}"
-            )
+    hidden = name == "labels"  # where -100 says that a token does not matter
+    given = text[text != -100] if hidden and text.device.type == "cpu" else text
+    if given.device.type == "cpu" and given.numel():
+        low, high = int(given.min()), int(given.max())
+        if low < 0 or high >= vocabulary:
+            expected = f"{'-100 or ' if hidden else ''}tokens 0 .. {vocabulary - 1}"
+            raise ValueError(f"{op}: {name}: expected {expected}, got {low} .. {high}")
+
+
+def check_device(op: str, device: torch.device, **tensors: Tensor | None) -> None:
+    """Those that are tensors are on the model's device; what is none, others refuse."""
+    for name, x in tensors.items():
+        if isinstance(x, Tensor) and x.device != device:
+            raise ValueError(f"{op}: {name}: expected a tensor on {device} like the model, got one on {x.device}")

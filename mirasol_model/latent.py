@@ -30,15 +30,18 @@ class LatentModel(nn.Module):
         for parameter in (self.slots, self.mask):
             nn.init.trunc_normal_(parameter, std=0.02)
 
-    def forward(self, x: Tensor, spread: Spread | None = None, *, recompute: bool = False) -> Tensor:
-        """x (B, T, m, d) -> h (B, T, m, d). In training, `mask_ratio` of the tokens of x give way to a learned one.
+    def forward(
+        self, x: Tensor, spread: Spread | None = None, *, mask: bool = False, recompute: bool = False
+    ) -> Tensor:
+        """x (B, T, m, d), of the parameters' dtype and device -> h (B, T, m, d).
 
+        mask: for training, `mask_ratio` of the tokens of x, at random, give way to a learned one.
         spread: x are the snippets of one rank of several, and so is h. Ranks whose random numbers are equal hide what
         one process hides.
         recompute: of each layer nothing but its input is kept for backward.
         """
         snippets, own = (x.shape[1], slice(None)) if spread is None else (len(spread.owners), spread.own)
-        if self.training and self.config.mask_ratio > 0:
+        if mask and self.config.mask_ratio > 0:
             hidden = torch.rand(len(x), snippets, self.tokens, device=x.device)[:, own] < self.config.mask_ratio
             x = torch.where(hidden[..., None], self.mask.to(x.dtype), x)
         layout = SnippetLayout.uniform(snippets, self.tokens, window=self.config.window, sink=self.config.sink)

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from mirasol_model import generate
@@ -25,7 +24,7 @@ from mirasol_model.audio import LogMel
 from mirasol_model.combiner import build_combiner
 from mirasol_model.config import MirasolConfig
 from mirasol_model.encoders import AudioTokenizer, Tube, TubeTokenizer, ViT, default_tubes
-from mirasol_model.inputs import Clips, PerRow, check_text, read_clips
+from mirasol_model.inputs import Clips, PerRow, check_device, check_text, read_clips
 from mirasol_model.latent import LatentModel
 from mirasol_model.layers import recomputed
 from mirasol_model.losses import LatentLoss, Reconstruction, mean_of, text_loss
@@ -34,6 +33,11 @@ from mirasol_model.snippets import to_unit_range
 from mirasol_model.spread import Spread
 from mirasol_model.stream import Stream
 from mirasol_model.text import TextDecoder
+
+try:
+    from huggingface_hub import PyTorchModelHubMixin
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError("the model needs huggingface_hub: pip install 'mirasol-kernels[model]'") from error
 
 # Snippets that encoders and Combiner hold activations of at a time under recompute="snippet", at most.
 AT_A_TIME = 4
@@ -105,6 +109,7 @@ class Mirasol(nn.Module, PyTorchModelHubMixin, library_name="mirasol-kernels", l
         `frames` and `has_audio` are needed on the host: give lists, or tensors there. Raises ValueError or TypeError
         naming the argument, before anything is computed.
         """
+        check_device("Mirasol", self.latent.slots.device, video=video, audio=audio)
         clips = self.read(video, audio, text, labels=labels, frames=frames, has_audio=has_audio)
         return self.predict(clips, text, labels)
 
@@ -118,7 +123,8 @@ class Mirasol(nn.Module, PyTorchModelHubMixin, library_name="mirasol-kernels", l
         frames: int | PerRow | None = None,
         has_audio: PerRow | None = None,
     ) -> Clips:
-        """The arguments of `forward`, checked, and its clips cut into snippets."""
+        """The arguments of `forward`, checked, and its clips cut into snippets: these may be on any device."""
+        check_device("Mirasol", self.latent.slots.device, text=text, labels=labels)
         clips = self._read("Mirasol", video, audio, frames, has_audio)
         for name, tokens in (("text", text), ("labels", labels)):
             if tokens is not None:
@@ -133,7 +139,7 @@ class Mirasol(nn.Module, PyTorchModelHubMixin, library_name="mirasol-kernels", l
     ) -> MirasolOutput:
         """`forward` of what `read` gave. spread: its snippets lie on several ranks; see `SnippetParallel`."""
         own = clips if spread is None else clips.take(spread.own, self.latent.slots.device)
-        encoded = self._encode(clips, own, spread)
+        encoded = self._encode(clips, own, spread, mask=self.training)
         logits = None if text is None else self.text(text, self.text.remember(encoded.latents, encoded.age))
         losses = self._predict_next(clips, own, encoded, spread)
         losses["text"] = None if labels is None or logits is None else text_loss(logits, labels)
@@ -149,7 +155,12 @@ class Mirasol(nn.Module, PyTorchModelHubMixin, library_name="mirasol-kernels", l
         frames: int | PerRow | None = None,
         has_audio: PerRow | None = None,
     ) -> Encoded:
-        """Everything the text decoder needs of the clips, for any number of `answer`s. Arguments as in `forward`."""
+        """Everything the text decoder needs of the clips, for any number of `answer`s. Nothing of x is hidden, also in
+        train mode. Arguments and errors as in `forward`. Differentiable.
+
+        The latents (B, T, m, d) are in the dtype of the parameters, T the snippets of the longest clip.
+        """
+        check_device("encode", self.latent.slots.device, video=video, audio=audio)
         clips = self._read("encode", video, audio, frames, has_audio)
         return self._encode(clips, clips)
 
@@ -183,13 +194,23 @@ class Mirasol(nn.Module, PyTorchModelHubMixin, library_name="mirasol-kernels", l
         has_audio: PerRow | None = None,
         **more: Any,
     ) -> Tensor:
-        """`encode` and `answer` in one; greedy unless a temperature is given."""
+        """`encode` and `answer` in one; greedy unless a temperature is given. The same in train mode.
+
+        video, audio, frames, has_audio: as in `forward`. prompt: (Q, L) int64, Q rows like the clips, or any number of
+        them for one clip; `Text.prompt` makes a row. -> (Q, <= max_new_tokens) int64, padded behind.
+        more: as in `mirasol_model.generate.generate_tokens`. Raises ValueError or TypeError naming the argument.
+        """
+        check_device("generate", self.latent.slots.device, prompt=prompt)  # before the clip is encoded
         encoded = self.encode(video, audio, frames=frames, has_audio=has_audio)
         sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, **more}
         return self.answer(encoded, prompt, max_new_tokens, **sampling)
 
     def stream(self, window: int | None = None, sink: int | None = None) -> Stream:
-        """Clips of any length, snippet by snippet, in memory that does not grow. See `Stream`."""
+        """Clips of any length, snippet by snippet, in memory that does not grow. See `Stream`, also for the errors.
+
+        window, sink: snippets that the latent model looks back on, and the first ones that stay visible; by default
+        those of config.latent.
+        """
         return Stream(self, window, sink)
 
     # ------------------------------------------------------------------------------------- from pixels to latents
@@ -197,10 +218,10 @@ class Mirasol(nn.Module, PyTorchModelHubMixin, library_name="mirasol-kernels", l
     def _read(self, op: str, video, audio, frames, has_audio) -> Clips:
         return read_clips(op, video, audio, frames, has_audio, self.config.video.frames)
 
-    def _encode(self, clips: Clips, own: Clips, spread: Spread | None = None) -> Encoded:
-        """own: those snippets of `clips` that are computed here, all of them without `spread`."""
+    def _encode(self, clips: Clips, own: Clips, spread: Spread | None = None, *, mask: bool = False) -> Encoded:
+        """own: those snippets of `clips` that are computed here, all of them without `spread`. mask: hide some of x."""
         x = self._combine(own, spread)
-        h = self.latent(x, spread, recompute=self.config.recompute == "snippet")
+        h = self.latent(x, spread, mask=mask, recompute=self.config.recompute == "snippet")
         age = clips.lengths[:, None] - np.arange(clips.frames.shape[1])
         return Encoded(h if spread is None else spread.gather(h), x, age)
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from mirasol_model.combiner import Past
+from mirasol_model.config import MirasolConfig
 from mirasol_model.generate import generate, generate_tokens
-from mirasol_model.inputs import read_clips
+from mirasol_model.inputs import check_device, read_clips
 from mirasol_model.text import Memory
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Stream:
-    """A clip without end, for a model in eval mode. What it keeps does not grow: the Combiner's state (the TTM's
+    """A clip without end. What it keeps does not grow: the Combiner's state (the TTM's
     memory, or `combiner.window` snippets of keys and values in context "all"), and of the latent model the keys, values
     and latents of the first `sink` and the last `window` snippets.
 
@@ -56,7 +57,7 @@ class Stream:
 
     def state_dict(self) -> dict[str, Tensor]:
         """A copy of all that was kept, as tensors by name: what `safetensors.torch.save_file` takes."""
-        made = {"size": torch.tensor([self.seen, self.window, self.sink])}
+        made = {"size": torch.tensor([self.seen, self.window, self.sink]), "model": self._config()}
         if isinstance(self._combiner, Past):
             made |= {f"past.{name}": x for name, x in self._combiner.tensors().items()}
         elif self._combiner is not None:
@@ -69,14 +70,23 @@ class Stream:
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from the `state_dict` of a stream of the same model, window and sink; the tensors come to the device
-        and dtype of this model.  Raises ValueError before anything changes."""
-        if "size" not in state:
-            raise ValueError("stream.load_state_dict: state: expected a state_dict of a stream, got no 'size' in it")
-        seen, window, sink = state["size"].tolist()
-        if (window, sink) != (self.window, self.sink):
+        and dtype of this model.  Raises ValueError before anything changes: for a model of another configuration (but
+        for what is chosen anew for each training), and for tensors that are missing, too many or of another shape."""
+        for name in ("size", "model"):
+            if name not in state:
+                raise ValueError(
+                    f"stream.load_state_dict: state: expected a state_dict of a stream, got no {name!r} in it"
+                )
+        if not torch.equal(state["model"].cpu(), self._config()):
+            was = MirasolConfig.from_json(bytes(state["model"].tolist()).decode())
+            if different := was.differences(self.model.config):
+                raise ValueError(f"stream.load_state_dict: state: is of another model: this one has {different}")
+        seen, *reach = state["size"].flatten().tolist()
+        window, sink = self.window, self.sink
+        if reach != [window, sink]:
             raise ValueError(
-                f"stream.load_state_dict: state: expected window {self.window} and sink {self.sink}, "
-                f"got {window} and {sink}"
+                f"stream.load_state_dict: state: expected window {window} and sink {sink}, "
+                f"got {' and '.join(map(str, reach))}"
             )
         like = self.model.latent.slots
         state = {name: x.to(like) if x.is_floating_point() else x.to(like.device) for name, x in state.items()}
@@ -85,8 +95,10 @@ class Stream:
             return {name.removeprefix(prefix): x for name, x in state.items() if name.startswith(prefix)}
 
         caches, kept = None, []
+        rows = len(state["latents"]) if "latents" in state else 0
+        self._check(state, seen, rows)
         if seen:
-            caches = self.model.latent.caches(len(state["latents"]), window, sink, like)
+            caches = self.model.latent.caches(rows, window, sink, like)
             for i, cache in enumerate(caches):
                 cache.load_state_dict(named(f"cache.{i}."))
             kept = [h.contiguous() for h in state["latents"].unbind(1)]
@@ -96,19 +108,55 @@ class Stream:
         self._first, self._last = kept[:first], deque(kept[first:], maxlen=window)
         self._caches, self.seen = caches, seen
 
+    def _config(self) -> Tensor:
+        """The model's configuration as bytes: a state is of no use to another one, though all shapes may fit."""
+        return torch.tensor(list(self.model.config.to_json().encode()), dtype=torch.uint8)
+
+    def _check(self, state: Mapping[str, Tensor], seen: int, rows: int) -> None:
+        """ValueError unless these are the tensors of a stream of this model, of so many snippets and rows."""
+        config, first = self.model.config, min(seen, self.sink)
+        combiner, dim = config.combiner, config.encoder.dim
+        expected: dict[str, tuple[int, ...]] = {"size": (3,), "model": tuple(state["model"].shape)}
+        if seen:
+            expected["latents"] = (rows, first + min(seen - first, self.window), combiner.tokens, dim)
+            like = torch.empty(0, device="meta")
+            for i, cache in enumerate(self.model.latent.caches(rows, self.window, self.sink, like)):
+                made = {"k": cache.k, "v": cache.v, "position": cache.position, "geometry": torch.empty(3)}
+                expected |= {f"cache.{i}.{name}": tuple(x.shape) for name, x in made.items()}
+        if seen and combiner.kind == "ttm":
+            expected["memory"] = (rows, combiner.memory, dim)
+        if seen and combiner.context == "all":
+            expected["past.seen"] = ()
+            for i in range(sum(name.endswith(".lengths") for name in state)):
+                lengths = state.get(f"past.{i}.lengths", torch.zeros(rows, 1))
+                expected[f"past.{i}.lengths"] = (rows, lengths.shape[-1])
+                for name in (f"past.{i}.{j}.{kind}" for j in range(combiner.layers) for kind in "kv"):
+                    batch = 1 if name in state and len(state[name]) == 1 else max(rows, 1)  # 1: packed
+                    expected[name] = (batch, int(lengths.sum()) // batch, combiner.heads, dim // combiner.heads)
+        if wrong := sorted(expected.keys() ^ state.keys()):
+            raise ValueError(
+                f"stream.load_state_dict: state: expected the {len(expected)} tensors of {seen} snippets, "
+                f"got {len(state)}, different in {wrong[0]}"
+            )
+        for name, shape in expected.items():
+            if tuple(state[name].shape) != shape:
+                got = tuple(state[name].shape)
+                raise ValueError(f"stream.load_state_dict: state: {name}: expected {shape}, got {got}")
+
     def fork(self) -> Stream:
         """An independent stream that has seen the same: what if the next snippet were another?"""
         other = Stream(self.model, self.window, self.sink)
         other.load_state_dict(self.state_dict())
         return other
 
-    def select(self, rows: Sequence[int]) -> Stream:
+    def select(self, rows: Sequence[int] | Tensor) -> Stream:
         """A new stream of these rows of the batch, in this order; a row may come several times, as in beam search."""
         have = len(self._caches[0].position) if self._caches else 0
+        rows = rows.tolist() if isinstance(rows, Tensor) else list(rows)
         if not rows or not all(0 <= row < have for row in rows):
-            raise ValueError(f"stream.select: rows: expected some of the {have} rows of this stream, got {list(rows)}")
+            raise ValueError(f"stream.select: rows: expected some of the {have} rows of this stream, got {rows}")
         past = self._combiner.select(rows) if isinstance(self._combiner, Past) else None
-        return self._of([self.state_dict()], past, lambda each: each[0][list(rows)])
+        return self._of([self.state_dict()], past, lambda each: each[0][rows])
 
     @staticmethod
     def batch(streams: Sequence[Stream]) -> Stream:
@@ -127,7 +175,7 @@ class Stream:
 
     def _of(self, states: list[dict[str, Tensor]], past: Past | None, rows: Callable[[list[Tensor]], Tensor]) -> Stream:
         """A stream like this one whose tensors are `rows` of those of the states; `past` replaces theirs."""
-        whole = ("size", "geometry")  # have no batch
+        whole = ("size", "model", "geometry")  # have no batch
         made = {
             name: x if name.endswith(whole) else rows([state[name] for state in states])
             for name, x in states[0].items()
@@ -144,8 +192,9 @@ class Stream:
         video: (B, 3, f, H, W), the snippet's config.video.frames frames, or fewer; or None.
         audio: (B, samples), its samples, or None. Types and errors as in `Mirasol.forward`.
         """
+        check_device("stream.push", self.model.latent.slots.device, video=video, audio=audio)
         frames = self.model.config.video.frames
-        if video is not None and video.ndim == 5 and video.shape[2] > frames:
+        if isinstance(video, Tensor) and video.ndim == 5 and video.shape[2] > frames:
             raise ValueError(f"stream.push: video: expected at most {frames} frames, got {video.shape[2]}")
         clips = read_clips("stream.push", video, audio, frames if video is None else None, None, frames)
         rows = len(clips.frames)

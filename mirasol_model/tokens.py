@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models
-
 from mirasol_model.config import TextConfig
+
+try:
+    from tokenizers import Tokenizer, decoders, models
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError("text needs tokenizers: pip install 'mirasol-kernels[model]'") from error
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -28,7 +31,10 @@ class Text:
     """
 
     def __init__(self, config: TextConfig, file: str | Path | None = None):
-        """file: a tokenizer.json. ValueError where it has more tokens than config.vocabulary."""
+        """file: a tokenizer.json; what it says of truncation and padding is left out.
+
+        ValueError where it has more tokens than config.vocabulary, or where pad or eos of the configuration are words.
+        """
         self.config = config
         if file is not None and not Path(file).is_file():
             raise ValueError(f"config: model.tokenizer: expected a tokenizer.json, got no file {str(file)!r}")
@@ -38,6 +44,16 @@ class Text:
             raise ValueError(
                 f"config: model.tokenizer: expected tokens below text.vocabulary {config.vocabulary}, got {largest}"
             )
+        # A file may say to cut or to fill up everything it encodes, which would change what is asked and answered.
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        for name in ("pad", "eos"):
+            token = getattr(config, name)
+            if self._is_text(token):
+                raise ValueError(
+                    f"config: text.{name}: expected a token that is in no text, got {token}, which is "
+                    f"{self.tokenizer.id_to_token(token)!r} in {file}"
+                )
 
     def prompt(self, words: str) -> list[int]:
         return [self.config.pad, *self._tokens(words)]
@@ -46,10 +62,10 @@ class Text:
         return [*self._tokens(words), self.config.eos]
 
     def words(self, tokens: Sequence[int]) -> str:
-        """What an answer says: up to its eos."""
+        """What an answer says: up to its eos, without pads and the -1 of `generate_tokens`."""
         tokens = list(tokens)
         end = tokens.index(self.config.eos) if self.config.eos in tokens else len(tokens)
-        return self.tokenizer.decode([token for token in tokens[:end] if token != self.config.pad])
+        return self.tokenizer.decode([token for token in tokens[:end] if self._says(token)])
 
     def words_of(self, tokens: Iterable[int]) -> Iterator[str]:
         """What an answer says, piece by piece as its tokens come: a piece ends where a character does. In all that is
@@ -60,6 +76,8 @@ class Text:
         for token in tokens:
             if token == self.config.eos:
                 break
+            if not self._says(token):
+                continue
             so_far.append(token)
             if piece := stream.step(self.tokenizer, token):
                 said += piece
@@ -67,6 +85,17 @@ class Text:
         whole = self.words(so_far)
         if len(whole) > len(said) and whole.startswith(said):  # bytes at the end that are no character
             yield whole[len(said) :]
+
+    def _says(self, token: int) -> bool:
+        return token >= 0 and token != self.config.pad
+
+    def _is_text(self, token: int) -> bool:
+        """Whether ordinary text has this token in it: it is not an added one, and what it says is encoded with it."""
+        word = self.tokenizer.id_to_token(token)
+        if word is None or token in self.tokenizer.get_added_tokens_decoder():
+            return False
+        said = self.tokenizer.decode([token], skip_special_tokens=False)
+        return any(token in self._tokens(words) for words in (word, said))
 
     def _tokens(self, words: str) -> list[int]:
         return self.tokenizer.encode(words, add_special_tokens=False).ids

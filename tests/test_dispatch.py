@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from mirasol_kernels import _dispatch
+from mirasol_kernels import _dispatch, latent_recurrence
 from mirasol_kernels._dispatch import BACKENDS, Op, explain, use_backend, wanted_backend
+from mirasol_kernels.integrations.video_diffusion import RollingCache
 
 
 def _float32(a: Tensor) -> str | None:
@@ -122,6 +123,17 @@ def test_explain_checks_the_arguments_as_the_call_does():
     with pytest.raises(ValueError, match="picky: a"):
         explain(picky, one())
     assert explain(torch.sin, one()) == {"reference": "runs"}
+
+
+def test_explain_computes_nothing_sends_nothing_and_stores_nothing():
+    def step(state: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        raise AssertionError("it ran")
+
+    x = torch.zeros(1, 2, 3)
+    assert explain(latent_recurrence, step, x[:, 0], x) == {"reference": "runs"}
+    cache, q = RollingCache(1, 2, 4, frame_seqlen=3), torch.randn(1, 3, 2, 4)
+    assert explain(cache.attend, q, q, q, 0)["reference"] == "runs"
+    assert cache.end == 0 and not cache.frames.k.any() and not cache.frames.position.any()
 
 
 def test_a_choice_holds_for_its_thread_alone(toy):

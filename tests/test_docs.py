@@ -132,10 +132,11 @@ def test_nothing_is_loaded_from_elsewhere(site: dict[Path, Page]) -> None:
 def test_what_is_on_it(site: dict[Path, Page]) -> None:
     """Every public name in the reference, every op's mathematics, and the masks."""
     import mirasol_kernels
+    import mirasol_model
 
     by_page = {path.stem: path.read_text() for path in site}
     anchors = {name for page in site.values() for name in page.names}
-    for name in mirasol_kernels.__all__:
+    for name in (*mirasol_kernels.__all__, *mirasol_model.__all__, "Stream", "read_clip", "TrainConfig"):
         assert any(anchor.endswith(f".{name}") for anchor in anchors), name
     assert all(path.parent.name in by_page for path in (ROOT / "mirasol_kernels").glob("*/api.py"))
     assert by_page["masks"].count("<svg") >= 12

@@ -47,6 +47,24 @@ def test_live(example, tmp_path):
     assert lines[-1].startswith("12 snippets, 48 frames; at most ")
 
 
+def test_live_without_sound_and_with_a_model_of_its_own_words(example, tmp_path):
+    """A folder with a tokenizer.json is asked in its words, one without byte by byte."""
+    from tokenizers import Tokenizer, models
+
+    clip = str(write(tmp_path / "clip.mp4", frames=10))
+    Mirasol(MirasolConfig.preset("tiny")).save_pretrained(tmp_path / "model")
+    live = ("live.py", clip, "--model", str(tmp_path / "model"), "--speed", "50", "--every", "1", "--window", "4")
+    ask = ("ask.py", clip, "--model", str(tmp_path / "model"), "--frames", "8", "--ask", "one?")
+    assert example(*live)[-1].startswith("2 snippets, 8 frames") and example(*ask)[-1].startswith("one?")
+    words = ["<pad>", "</s>", *(f"word{i}" for i in range(318))]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="word0"))
+    tokenizer.add_special_tokens(["<pad>", "</s>"])
+    tokenizer.save(str(tmp_path / "model" / "tokenizer.json"))
+    answers = [re.fullmatch(r".*\? '(.*)'", line)[1] for line in example(*live)[-3:-1]]
+    assert len(answers) == 2 and all(re.fullmatch(r"(word\d+ ?)+", answer) for answer in answers)
+    assert re.fullmatch(r"one\? (word\d+ ?)+", example(*ask)[-1])
+
+
 def test_live_reads_what_the_whole_clip_is():
     """The same sound, cut to the same snippets; pictures as they are."""
     import torch

@@ -37,6 +37,15 @@ def test_import_without_triton_or_numpy_extras():
     python(blocked + CALL)
 
 
+@pytest.mark.parametrize("missing", ["huggingface_hub", "tokenizers"])
+def test_without_its_extra_the_model_says_what_to_install(missing):
+    code = f"import sys; sys.modules[{missing!r}] = None\nfrom mirasol_model import Mirasol, tokens"
+    done = subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True)
+    said = done.stderr.splitlines()[-1]
+    assert done.returncode == 1
+    assert said.startswith("ModuleNotFoundError: ") and said.endswith("pip install 'mirasol-kernels[model]'")
+
+
 @pytest.fixture
 def bare(tmp_path: Path) -> Path:
     """The package without its compiled libraries."""

@@ -175,7 +175,7 @@ def forward(
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """One tile of rows of one head; or with SPLIT, for one share of their keys, the sum not yet divided by l."""
+    """One tile of rows of one head; or with SPLIT, for one of `splits` shares of their keys, not yet divided by l."""
     if TWINS:  # rows of k and v are equally far apart: offsets within a tile are kept once
         v_row = k_row
     # Late rows see most: they start first.  Heads are innermost, so that those of one key head share its keys in L2.

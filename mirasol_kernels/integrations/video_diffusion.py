@@ -21,6 +21,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mirasol_kernels._dispatch import explaining
 from mirasol_kernels.block_causal_attention import SnippetCache, block_causal_attention
 from mirasol_kernels.layout import SnippetLayout
 
@@ -163,6 +164,8 @@ class RollingCache:
             raise ValueError(f"RollingCache: q: expected {expected}, got {tuple(q.shape)}")
         if q.dtype != k.dtype:
             raise TypeError(f"RollingCache: q: expected {k.dtype} like k, got {q.dtype}")
+        if q.device != k.device:
+            raise ValueError(f"RollingCache: q: expected a tensor on {k.device} like k, got one on {q.device}")
         again = current_start == self.end - tokens and tokens > 0
         if not again and current_start != self.end:
             raise ValueError(
@@ -174,6 +177,8 @@ class RollingCache:
                 f"RollingCache: current_start: expected at most {self.most} tokens in all (num_frames), got"
                 f" {current_start} + {tokens}"
             )
+        if explaining():  # before anything is stored
+            self.frames.attend(q.transpose(1, 2), backend=backend)
         learns = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
         earlier = self._before(current_start, tokens) if learns else ()
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, n, D), views

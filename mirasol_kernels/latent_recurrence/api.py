@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from mirasol_kernels._dispatch import only_reference
 from mirasol_kernels.latent_recurrence import hoisted
 from mirasol_kernels.latent_recurrence.op import OP
 from mirasol_kernels.latent_recurrence.parameters import TokenTuringParameters
@@ -26,10 +27,10 @@ def latent_recurrence(
     """Run `state, y_t = step(state, x_t)` over time and return the last state and all y_t, as jax.lax.scan does.
 
     step: any function of tensors; parameters may be captured.  It runs again in backward, with the same random numbers
-    and autocast, and must do the same then.
+    and autocast, and must do the same then; so it must not write into what it is given, nor into what it captures.
     state: pytree of tensors; every step returns one of the same structure, shapes and dtypes.
     inputs: pytree of at least one tensor, each with time on axis `dim`, of equal length T; x_t lacks that axis.
-    dim: axis of time in inputs and outputs.
+    dim: axis of time in inputs and outputs; y_t, which lacks it, has the axes before it.
     checkpoint_every: K; forward keeps ceil(T/K) states, backward the activations of K steps at a time, at one
         recomputation.  By default sqrt(T/10), at least 1: the least memory if a step keeps 10 times its state.
 
@@ -43,6 +44,9 @@ def latent_recurrence(
     op = "latent_recurrence"
     if not callable(step):
         raise TypeError(f"{op}: step: expected a function (state, x) -> (state, y), got {type(step).__name__}")
+    for name, number in (("dim", dim), ("checkpoint_every", 1 if checkpoint_every is None else checkpoint_every)):
+        if not isinstance(number, int):
+            raise TypeError(f"{op}: {name}: expected an int, got {type(number).__name__}")
     leaves = pytree.tree_leaves(inputs)
     if not leaves:
         raise ValueError(f"{op}: inputs: expected at least one tensor, got none")
@@ -58,6 +62,7 @@ def latent_recurrence(
         raise ValueError(f"{op}: inputs: expected one length on axis {dim}, got {lengths}")
     if checkpoint_every is not None and checkpoint_every < 1:
         raise ValueError(f"{op}: checkpoint_every: expected at least 1 or None, got {checkpoint_every}")
+    only_reference()
     return scan(step, state, inputs, dim, checkpoint_every)
 
 

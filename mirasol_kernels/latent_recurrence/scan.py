@@ -35,7 +35,7 @@ def scan(step: Callable, state: Any, inputs: Any, dim: int = 1, checkpoint_every
             for xs in zip(*(leaf.unbind(dim) for leaf in part), strict=True):
                 state, output = _call(step, state, pytree.tree_unflatten(xs, structure))
                 _same("state", "the state it was given", form, _form(state))
-                like = like or _form(output)
+                like = like or _with_time(_form(output), dim)
                 _same("outputs", "the outputs of the first step", like, _form(output))
                 made.append(pytree.tree_leaves(output))
         return pytree.tree_leaves(state), made, like
@@ -87,7 +87,7 @@ def _no_outputs(step: Callable, state: Any, leaves: list[Tensor], structure: pyt
     devices = sorted({leaf.get_device() for leaf in leaves if leaf.is_cuda})
     with torch.no_grad(), torch.random.fork_rng(devices=devices):
         _, output = _call(step, state, pytree.tree_unflatten(zeros, structure))
-    _form(output)
+    _with_time(_form(output), dim)
     return pytree.tree_map(lambda y: y.new_empty((*y.shape, 0)).movedim(-1, dim), output)
 
 
@@ -98,6 +98,16 @@ def _form(tree: Any) -> Form:
         if not isinstance(leaf, Tensor):
             raise TypeError(f"latent_recurrence: step: expected pytrees of tensors, got a {type(leaf).__name__}")
     return structure, [(tuple(leaf.shape), leaf.dtype) for leaf in leaves]
+
+
+def _with_time(form: Form, dim: int) -> Form:
+    """The form of y_t, whose every tensor can have time on axis `dim`."""
+    for shape, _ in form[1]:
+        if not -len(shape) - 1 <= dim <= len(shape):
+            raise ValueError(
+                f"latent_recurrence: dim: expected an axis of the outputs, got {dim} for a y_t of shape {shape}"
+            )
+    return form
 
 
 def _same(what: str, like: str, expected: Form, got: Form) -> None:

@@ -325,6 +325,7 @@ ERRORS = {
     "part of a frame": (lambda: step(q=X[:, :2], k=X[:, :2], v=X[:, :2]), r"k: expected \(1, 2, 3, 4\), got"),
     "q": (lambda: step(q=X[:, :2]), r"q: expected \(batch 1, tokens 3, a multiple of 2 heads, head_dim 4\) like k"),
     "q's dtype": (lambda: step(q=X.double()), "q: expected torch.float32 like k, got torch.float64"),
+    "q's device": (lambda: step(q=X.to("meta")), "q: expected a tensor on cpu like k, got one on meta"),
     "v": (lambda: step(v=X[:, :2]), r"append: v: expected \(1, 2, 3, 4\), got \(1, 2, 2, 4\)"),
     "cache's dimensions": (lambda: step(v=X[0]), r"v: expected \(batch, tokens, heads, head_dim\), got \(3, 2, 4\)"),
     "cache's tensor": (lambda: step(k=None), "RollingCache: k: expected a tensor, got NoneType"),
@@ -341,7 +342,7 @@ def test_an_error_stores_nothing() -> None:
     into = cache()
     step(0, 2, into=into)
     before = into.frames.state_dict()
-    for wrong in ({"q": X[:, :2]}, {"v": X[:, :2]}, {"q": X.double()}):
+    for wrong in ({"q": X[:, :2]}, {"v": X[:, :2]}, {"q": X.double()}, {"q": X.to("meta")}):
         with pytest.raises((ValueError, TypeError)):
             step(6, into=into, **wrong)
     assert into.end == 6 and all(torch.equal(x, before[name]) for name, x in into.frames.state_dict().items())

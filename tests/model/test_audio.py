@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from mirasol_model import Mirasol, MirasolConfig
 from mirasol_model.audio import AUDIOSET_MEAN, AUDIOSET_STD, SILENCE, LogMel, mel_filters
 from mirasol_model.encoders import AudioTokenizer
 from tests.numerics import assert_close_fp64, assert_golden, golden, peak
@@ -44,6 +45,7 @@ def test_patches_of_the_reference():
 def slow_log_mel(audio, counts, log_mel):
     """Row by row, frame by frame, DFT by its definition, from the words of the docstring."""
     window, hop, fft = log_mel.window_samples, log_mel.hop_samples, log_mel.fft
+    _, filters = log_mel.tables(audio.device, torch.float64)
     hann = torch.hann_window(window, periodic=False).double()
     angle = 2 * math.pi * torch.arange(fft // 2).double()[:, None] * torch.arange(window) / fft
     total = 1 + max(audio.shape[1] - window, 0) // hop
@@ -57,7 +59,7 @@ def slow_log_mel(audio, counts, log_mel):
             x = x - x.mean()
             x = torch.stack([x[j] - 0.97 * x[max(j - 1, 0)] for j in range(window)]) * hann
             energy = (angle.cos() @ x) ** 2 + (angle.sin() @ x) ** 2
-            out[row, i] = (log_mel.filters @ energy).clamp(min=2**-23).log()
+            out[row, i] = (filters @ energy).clamp(min=2**-23).log()
             out[row, i] = (out[row, i] - AUDIOSET_MEAN) / (2 * AUDIOSET_STD)
     return out
 
@@ -97,11 +99,17 @@ def test_no_gradient_and_float32_under_autocast():
     assert torch.equal(mel, LogMel()(audio))
 
 
-def test_tables_survive_to_empty():
-    log_mel = LogMel().to_empty(device="cpu")
-    log_mel.reset_parameters()
+def test_tables_are_exact_in_a_model_of_any_dtype():
     audio = torch.rand(1, 800)
-    assert torch.equal(log_mel(audio), LogMel()(audio))
+    expected = LogMel()(audio)
+    for log_mel in (LogMel().bfloat16(), LogMel().half(), LogMel().to_empty(device="cpu"), LogMel().double()):
+        assert torch.equal(log_mel(audio), expected)
+    with torch.device("meta"):
+        model = LogMel()
+    assert torch.equal(model.to_empty(device="cpu")(audio), expected)
+    made = Mirasol(MirasolConfig.preset("tiny"))
+    heard = made.log_mel(audio)
+    assert torch.equal(made.bfloat16().log_mel(audio), heard)
 
 
 @pytest.mark.parametrize(

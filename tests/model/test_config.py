@@ -33,6 +33,14 @@ def test_tubes_survive_the_round_trip():
     assert again == config and hash(again) == hash(config)
 
 
+def test_lists_become_tuples():
+    """A configuration that is made with lists, as JSON has them, is the one with tuples."""
+    tube = ((1, 8, 8), (1, 8, 8), (0, 0, 0))
+    lists = VideoConfig(tubes=[[list(part) for part in tube]]), LossConfig(video_size=[4, 32, 32])
+    tuples = VideoConfig(tubes=(tube,)), LossConfig(video_size=(4, 32, 32))
+    assert lists == tuples and hash(lists) == hash(tuples)
+
+
 def test_what_is_left_out_keeps_its_default():
     config = MirasolConfig.from_dict({"combiner": {"kind": "ttm"}, "losses": {"text": 10}})
     assert config == replace(MirasolConfig(), combiner=CombinerConfig(kind="ttm"), losses=LossConfig(text=10.0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -73,6 +74,15 @@ def test_a_folder_of_clips(clips):
     assert len(slow.audio) == 32 * SAMPLES_PER_FRAME
 
 
+def test_a_line_ends_with_a_newline_alone(clips):
+    """Other signs that Python takes for the end of a line may stand in text."""
+    file = clips / "prompts.jsonl"
+    line = json.dumps({**GOOD, "prompt": "wo\u2028rin, größer?\x85"}, ensure_ascii=False)
+    file.write_bytes(f"{line}\r\n{line}".encode())
+    data = ClipFolder(file, frames=32, size=48, sample_rate=16_000)
+    assert len(data) == 2 and {data[i].prompt for i in (0, 1)} == {"wo\u2028rin, größer?\x85"}
+
+
 def test_a_shorter_clip_is_what_the_file_has(clips):
     """With the sound of its own time, at any rate."""
     short = read_clip(clips / "long.mp4", frames=100, least=8, size=48, sample_rate=16_000)
@@ -97,6 +107,7 @@ BAD = {
     "no text": ({"prompt": None}, BadExample, r"prompts.jsonl:2: prompt: expected text, got None"),
     "kind": ({"kind": 3}, BadExample, r"prompts.jsonl:2: kind: expected text, got 3"),
     "no clip": ({"clip": 1.5}, BadExample, r"prompts.jsonl:2: clip: expected text, got 1.5"),
+    "no name": ({"clip": "a\0b"}, BadExample, r"prompts.jsonl:2: clip: expected the name of a file, got 'a\\x00b'"),
     "no JSON": ("{", BadExample, r"prompts.jsonl:2: expected JSON, got: "),
     "no mapping": ("[]", BadExample, r"prompts.jsonl:2: expected a mapping, got list"),
 }
@@ -279,6 +290,39 @@ def test_any_tokenizer(tmp_path):
         Text(small, tmp_path / "tokenizer.json")
     with pytest.raises(ValueError, match=r"model.tokenizer: expected a tokenizer.json, got no file 'nowhere'"):
         Text(TINY.text, "nowhere")
+
+
+def saved_words(tmp_path, special):
+    tokenizer = Tokenizer(models.WordLevel({"the": 0, "ball": 1, "<unk>": 2, "red": 3}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(special)
+    tokenizer.enable_truncation(2)
+    tokenizer.enable_padding(length=8, pad_id=3, pad_token="red")
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    return tmp_path / "tokenizer.json"
+
+
+def test_a_file_neither_cuts_nor_fills_up(tmp_path):
+    config = replace(TINY.text, pad=4, eos=5)
+    text = Text(config, saved_words(tmp_path, ["<p>", "<e>"]))
+    assert text.answer("the red ball") == [0, 3, 1, 5] and text.prompt("red") == [4, 3]
+
+
+def test_pad_and_eos_that_are_words_are_refused(tmp_path):
+    file = saved_words(tmp_path, ["<p>", "<e>"])
+    for change, message in (
+        ({"eos": 5}, "pad: .*, got 0, which is 'the'"),
+        ({"pad": 4}, "eos: .*, got 1, which is 'ball'"),
+    ):
+        with pytest.raises(ValueError, match=f"config: text.{message} in .*tokenizer.json"):
+            Text(replace(TINY.text, **change), file)
+
+
+def test_what_a_row_does_not_say_is_passed_over():
+    """Pads, and the -1 of `generate_tokens`."""
+    text = Text(TINY.text)
+    tokens = [-1, 0, 3 + 65, -1, 3 + 66, 0, 1, 3 + 67]
+    assert "".join(text.words_of(tokens)) == text.words(tokens) == "AB"
 
 
 def test_the_byte_tokenizer_survives_its_file(tmp_path):

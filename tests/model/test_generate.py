@@ -113,6 +113,16 @@ def test_tokens_come_one_by_one():
     assert torch.equal(torch.stack(list(stream.generate_tokens(prompt, 5)), dim=1).clamp(min=0), asked)
 
 
+def test_train_mode_changes_no_answer():
+    made = model(latent={"mask_ratio": 0.9})
+    (video, audio), prompt = clip(8), words(1)
+    encoded, answer = made.encode(video, audio), made.generate(video, audio, prompt, 4)
+    made.train()
+    assert torch.equal(made.encode(video, audio).latents, encoded.latents)
+    assert torch.equal(made.generate(video, audio, prompt, 4), answer)
+    assert not torch.equal(made(video, audio).latents, encoded.latents)
+
+
 def test_stop_tokens_end_an_answer():
     made = model()
     encoded, prompt = made.encode(*clip(8)), words(1)
@@ -170,6 +180,12 @@ def test_what_does_not_fit_is_an_error(change, error, message):
     encoded = made.encode(*clip(8, 2, dtype=torch.float32))
     with pytest.raises(error, match=message):
         made.answer(encoded, **{"prompt": words(2), **change})
+
+
+def test_one_clip_and_no_prompt_is_an_error():
+    made = model(dtype=torch.float32)
+    with pytest.raises(ValueError, match="generate: prompt: expected at least 1 row, got 0"):
+        made.answer(made.encode(*clip(8, dtype=torch.float32)), words(0))
 
 
 # ------------------------------------------------------------------------------------------------------ streams
@@ -259,7 +275,7 @@ def test_a_stream_is_saved_forked_and_batched(variant, tmp_path):
     save_file(early.state_dict(), tmp_path / "state.safetensors")
     restored = made.stream()
     restored.load_state_dict(load_file(tmp_path / "state.safetensors"))
-    fork, beams = early.fork(), early.select([2, 0, 2])
+    fork, beams = early.fork(), early.select(torch.tensor([2, 0, 2]))
     early.push(video[:, :, :F] + 1, None)  # goes another way, and changes no other
     apart = [restored.select([row]) for row in range(3)]
     together = type(early).batch(apart)
@@ -285,6 +301,33 @@ def test_what_a_restored_stream_refuses():
         stream.load_state_dict({})
     stream.load_state_dict(made.stream().state_dict())
     assert stream.seen == 0
+
+
+@pytest.mark.parametrize("variant", ["current", "all-window", "ttm"])
+def test_a_state_that_is_not_of_this_stream_changes_nothing(variant):
+    made = model(variant, dtype=torch.float32, **BOUNDED)
+    stream, (video, audio) = made.stream(), clip(12, 2, dtype=torch.float32)
+    for part in parts(video, audio, 12):
+        stream.push(*part)
+    good, answer = stream.state_dict(), stream.generate(words(2) * 0 + 5, 4)
+    for other, message in (
+        ("perceiver", r"combiner.kind '\w+' \(not 'perceiver'\)"),
+        ("current-last", r"combiner.order 'queries' \(not 'last'\)"),
+        (variant, r"latent.layers 2 \(not 3\)"),
+    ):
+        deeper = {"layers": 3} if other == variant else {}
+        state = model(other, dtype=torch.float32, latent=BOUNDED["latent"] | deeper).stream().state_dict()
+        with pytest.raises(ValueError, match=rf"stream.load_state_dict: state: is of another model: .*{message}"):
+            stream.load_state_dict(state)
+    for name in good:
+        with pytest.raises(ValueError, match=r"stream.load_state_dict: state: "):
+            stream.load_state_dict({other: x for other, x in good.items() if other != name})
+        if name not in ("model", "past.seen"):
+            with pytest.raises(ValueError, match=r"stream.load_state_dict: state: "):
+                stream.load_state_dict(good | {name: torch.cat([good[name], good[name]])})
+    with pytest.raises(ValueError, match=r"expected the \d+ tensors of 3 snippets, got \d+, different in more"):
+        stream.load_state_dict(good | {"more": torch.zeros(1)})
+    assert torch.equal(stream.generate(words(2) * 0 + 5, 4), answer)
 
 
 def test_what_a_stream_refuses():

@@ -84,15 +84,13 @@ def test_positions_are_relative_and_need_no_table():
     assert len(torch.unique(made().slots, dim=0)) == M
 
 
-def test_masking_is_random_in_training_and_absent_in_eval():
-    latent, x = made(mask_ratio=0.5), tokens(2, 5)
+def test_masking_is_random_where_it_is_asked_for_and_absent_elsewhere():
+    latent, x = made(mask_ratio=0.5).train(), tokens(2, 5)
     assert torch.equal(latent(x), latent(x))
-    latent.train()
-    assert not torch.equal(latent(x), latent(x))
-    first = latent(x)[:, 0].detach()
-    assert not torch.equal(first, latent.eval()(x)[:, 0])
-    latent.train()
-    (gradient,) = torch.autograd.grad(latent(x).sum(), latent.mask)
+    first = latent(x, mask=True)[:, 0].detach()
+    assert not torch.equal(first, latent(x, mask=True)[:, 0])
+    assert not torch.equal(first, latent(x)[:, 0])
+    (gradient,) = torch.autograd.grad(latent(x, mask=True).sum(), latent.mask)
     assert gradient.abs().max() > 0
 
 
@@ -102,7 +100,7 @@ def test_the_share_that_is_masked_is_the_ratio():
     for block in latent.blocks:
         for layer in (block.out, block.down):
             torch.nn.init.zeros_(layer.weight)
-    h = latent(tokens(4, 200))
+    h = latent(tokens(4, 200), mask=True)
     masked = torch.isclose(h, latent.norm(latent.mask + latent.slots)).all(-1)
     spread = (0.3 * 0.7 / masked.numel()) ** 0.5
     assert abs(masked.double().mean() - 0.3) < 5 * spread

@@ -74,6 +74,9 @@ def test_a_checkpoint_of_another_model_or_not_complete_is_refused(tmp_path: Path
         with pytest.raises(ValueError, match=r"load: folder: .*step-00000001 is of another model: model\." + what):
             load(tmp_path, unlike, training.adam(unlike))
     assert all(torch.equal(a, b) for a, b in zip(before, other.parameters(), strict=True))
+    alike = model("current", recompute="snippet", latent={"mask_ratio": 0.0})  # of equal shapes, and not the same
+    with pytest.raises(ValueError, match=r"another model: expected .* got combiner.context 'current' \(not 'all'\)"):
+        load(tmp_path, alike, training.adam(alike))
     with pytest.raises(ValueError, match=r"load: progress: expected names that .* has, got 'step'"):
         load(tmp_path, made, optimizer, {"step": torch.zeros(())})
 

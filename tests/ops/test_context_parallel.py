@@ -18,8 +18,12 @@ from mirasol_kernels import (
     SnippetLayout,
     block_causal_attention,
     context_parallel_attention,
+    explain,
     snippet_owners,
+    use_backend,
 )
+from mirasol_kernels.block_causal_attention import api
+from mirasol_kernels.block_causal_attention.op import OP
 from mirasol_kernels.context_parallel import part
 from tests.processes import run
 
@@ -111,6 +115,30 @@ def test_one_rank(alone: Ranks, method: str) -> None:
     for got, want in zip(*(torch.autograd.grad(y, inputs, weights) for y in (out, expected)), strict=True):
         torch.testing.assert_close(got, want)
     assert alone.received == 0
+
+
+@pytest.mark.parametrize("forward, backward", [("reference", None), (None, "reference")])
+def test_backward_runs_on_the_backend_of_forward(alone: Ranks, monkeypatch, forward, backward) -> None:
+    """Also outside of the caller's `use_backend`, or within another one."""
+    chosen, select = [], OP.select
+    monkeypatch.setattr(OP, "select", lambda *args: (chosen.append(select(*args)), chosen[-1])[1])
+    monkeypatch.setattr(api, "usual", lambda *_: False)  # it does not ask
+    q = torch.randn(1, 1, 4, 8, requires_grad=True)
+    with use_backend(forward):
+        out = context_parallel_attention(q, q, q, SnippetLayout.uniform(1, 4), alone, ContextShards([4], [0], 1))
+    with use_backend(backward):
+        out.sum().backward()
+    assert len(chosen) == 2 and chosen[0] is chosen[1]
+    assert chosen[0] is None or forward is None
+
+
+def test_explain_sends_nothing(alone: Ranks) -> None:
+    """Of two ranks only one is here: what it would send, nobody would take."""
+    alone.size = 2
+    q, shards = torch.randn(1, 1, 4, 8), ContextShards([4, 4], [0, 1], 2)
+    for method in ("ring", "gather"):
+        said = explain(context_parallel_attention, q, q, q, SnippetLayout.uniform(2, 4), alone, shards, method=method)
+        assert said == explain(block_causal_attention, q, q, q, SnippetLayout.uniform(1, 4))
 
 
 def test_a_second_derivative_is_an_error(alone: Ranks) -> None:

@@ -313,6 +313,18 @@ ERRORS = {
         (good, STATE, INPUTS),
         {"checkpoint_every": 0},
     ),
+    "checkpoint_every: expected an int, got float": (TypeError, (good, STATE, INPUTS), {"checkpoint_every": 2.0}),
+    "dim: expected an int, got float": (TypeError, (good, STATE, INPUTS), {"dim": 1.0}),
+    r"dim: expected an axis of the outputs, got 1 for a y_t of shape \(\)": (
+        ValueError,
+        (lambda s, x: (s, x.sum()), STATE, INPUTS),
+        {},
+    ),
+    r"dim: expected an axis of the outputs, got -2 for a y_t of shape \(\)": (
+        ValueError,
+        (lambda s, x: (s, x.sum()), STATE, INPUTS[:0]),
+        {"dim": -2},
+    ),
     r"step: expected it to return \(state, output\), got Tensor": (TypeError, (lambda s, x: s + x, STATE, INPUTS), {}),
     "step: expected pytrees of tensors, got a float": (TypeError, (lambda s, x: (s, 1.0), STATE, INPUTS), {}),
     r"state: expected step to return the state it was given, \(2,\) torch.float32, got \(2,\) torch.float64": (
