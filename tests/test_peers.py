@@ -8,6 +8,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ pytest.importorskip("tqdm", reason="the benchmarks draw a bar with it")
 from benchmarks import contest, harness
 from benchmarks.peers import Problem
 from benchmarks.run import OPS, suite
+from mirasol_kernels.latent_recurrence import TokenTuringParameters
 
 LIMITS = {"gemm float32": 1e11, "copy": 1e10}
 # Op -> peer -> in which directions it can run on a CPU; FlexAttention has no backward there.
@@ -61,6 +64,31 @@ def test_every_op_has_peers_that_must_run() -> None:
     assert set(REQUIRED) == set(SMALL) == set(OPS)
     for op, names in REQUIRED.items():
         assert names.keys() <= suite(op)[2].keys()
+
+
+@pytest.mark.parametrize("name", ["quick", "quick_scan"])
+def test_no_weights_are_drawn_while_a_recurrence_is_timed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To draw those of `machine_512` takes 6 ms, a twentieth of the call; and 64 times that in a compiled step."""
+    _, cases, peers = suite("latent_recurrence")
+    case = cases[name]
+    problem = Problem(case, torch.float32, "backward", "cpu", case.inputs(torch.float32, "cpu", 0))
+    others = case.inputs(torch.float32, "cpu", 1)
+    case.step(problem.inputs[:-4])  # as when its truth was computed
+    monkeypatch.setattr(TokenTuringParameters, "init", lambda *_, **__: pytest.fail("weights are drawn"))
+    for peer in ("ours", "eager", "checkpoint_step", "checkpoint_segment"):
+        peers[peer].prepare(problem)(*problem.inputs)
+    captured: list[torch.fx.GraphModule] = []
+
+    def compiler(graph: torch.fx.GraphModule, _: object) -> Callable:
+        captured.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=compiler))
+    call = peers["compile"].prepare(problem)
+    call(*others)
+    drawn = [node for graph in captured for node in graph.graph.nodes if "rand" in str(node.target)]
+    # At most one graph more for a later step, whose state is no leaf; none for other weights.
+    assert not drawn and len(captured) <= 2
 
 
 @pytest.mark.slow
