@@ -123,8 +123,12 @@ class Recorded:
                 call()
         torch.cuda.current_stream().wait_stream(side)
         self.graph, self.count = torch.cuda.CUDAGraph(), len(calls)
-        with torch.cuda.graph(self.graph):
-            self.results = [call() for call in calls]
+        before = torch.cuda.current_stream()
+        try:
+            with torch.cuda.graph(self.graph):
+                self.results = [call() for call in calls]
+        finally:
+            torch.cuda.set_stream(before)  # torch leaves the capture's own where the end of a capture fails
 
     def __call__(self) -> None:
         self.graph.replay()
@@ -213,6 +217,17 @@ def _status(field: str) -> int:
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
     raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+def broken(device: str) -> bool:
+    """Whether nothing runs on the GPU any more in this process, as after an access to memory that is not there."""
+    if device == "cpu":
+        return False
+    try:
+        torch.zeros(1, device=device).item()
+    except RuntimeError:
+        return True
+    return False
 
 
 def joules() -> float | None:

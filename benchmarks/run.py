@@ -131,8 +131,8 @@ def measure(
             save(report)
             rows: list[dict[str, Any]] = []
             try:
-                rows, notes = one(case, dtype, direction, options.device, peers, report["ceilings"], effort)
-            except Exception as failure:  # ours: this call has no numbers, and the others may
+                rows, notes = one(case, dtype, direction, peers, report["ceilings"], effort, options)
+            except Exception as failure:  # this call has no numbers, and the others may
                 if not options.keep_going:
                     raise
                 notes = [key | {"name": "ours", "reason": contest.first_line(failure), "failed": True}]
@@ -152,7 +152,7 @@ def measure(
                         if not options.keep_going:
                             raise
                         report["notes"].append(key | {"name": name, "reason": f"memory: {contest.first_line(failure)}"})
-            if broken(options.device):
+            if harness.broken(options.device):
                 break
             report["trying"] = None
             save(report)
@@ -161,23 +161,14 @@ def measure(
 
 
 def one(
-    case: Any, dtype: str, direction: str, device: str, peers: Sequence[Peer], limits: dict[str, float], effort: Any
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    case: Any, dtype: str, direction: str, peers: Sequence[Peer], limits: dict[str, float], effort: contest.Effort,
+    options: argparse.Namespace,
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:  # fmt: skip
     """Rows and notes of one call."""
-    problem = Problem(case, DTYPES[dtype], direction, device, case.inputs(DTYPES[dtype], device, 0))
+    inputs = case.inputs(DTYPES[dtype], options.device, 0)
+    problem = Problem(case, DTYPES[dtype], direction, options.device, inputs)
     with torch.set_grad_enabled(direction == "backward"):
-        return contest.compete(problem, peers, limits, effort)
-
-
-def broken(device: str) -> bool:
-    """Whether nothing runs on the GPU any more in this process, as after an access to memory that is not there."""
-    if device == "cpu":
-        return False
-    try:
-        torch.zeros(1, device=device).item()
-    except RuntimeError:
-        return True
-    return False
+        return contest.compete(problem, peers, limits, effort, options.keep_going)
 
 
 def call_of(x: dict[str, Any]) -> tuple[str, str, str]:
