@@ -142,7 +142,7 @@ def measure(
             save(report)
             bar.write(tables.block(case, rows, notes, direction, dtype), file=sys.stdout)
             sys.stdout.flush()
-            if direction in case.memory and dtype == options.dtype[0]:
+            if options.memory and direction in case.memory and dtype == options.dtype[0]:
                 for name in [row["candidate"] for row in rows if row["candidate"] in known]:
                     bar.set_description(f"{case.name}: memory of {name}")
                     job = Job(options.op, case.name, dtype, direction, options.device, name, options.threads)
@@ -214,7 +214,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--quick", action="store_true", help="small shapes, few rounds: does everything work?")
     parser.add_argument("--no-tests", dest="tests", action="store_false", help="do not run the op's tests first")
-    parser.add_argument("--keep-going", action="store_true", help="when ours fails in a call, go on with the next")
+    parser.add_argument("--no-memory", dest="memory", action="store_false", help="times only: what compiles does once")
+    parser.add_argument("--keep-going", action="store_true", help="when ours fails in a call, go on without it")
     parser.add_argument("--resume", action="store_true", help="go on with the file in --out, where a process ended")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the files (default: out)")
     options = parser.parse_args(arguments)
