@@ -20,7 +20,10 @@ from mirasol_kernels import _check
 
 MOST_SETS = 64
 BEATEN = 3.0  # times as long as the fastest
-SMALL = 1e-3  # seconds: below it a call on a GPU is also timed in a CUDA graph, without what Python costs
+# Seconds below which a call on a GPU is also timed in a CUDA graph, without what Python costs: for each step of a
+# recurrence, whose launches wait for Python as a single small call's do, and at most LONGEST.
+SMALL, LONGEST = 1e-3, 20e-3
+IN_A_GRAPH = 0.1  # seconds of calls in one, or about: it keeps the results of all
 CACHES = 2  # the sets of inputs are as large as this many last-level caches, where MOST_SETS allows
 
 
@@ -66,6 +69,10 @@ class Candidate(NamedTuple):
 class Refusal(NamedTuple):
     name: str
     reason: str
+    failed: bool = False  # ours, which may refuse but not fail
+
+    def note(self) -> dict[str, Any]:
+        return {"name": self.name, "reason": self.reason} | ({"failed": True} if self.failed else {})
 
 
 def first_line(error: BaseException) -> str:
@@ -73,8 +80,11 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
 
 
-def attempt(peer: Peer, problem: Problem) -> tuple[Call, tuple[Tensor, ...], float] | Refusal:
-    """The call, its first results, their seconds.  Refused where the peer says so, and where it fails, with that."""
+def attempt(peer: Peer, problem: Problem, keep_going: bool = False) -> tuple[Call, tuple[Tensor, ...], float] | Refusal:
+    """The call, its first results, their seconds.  Refused where the peer says so, and where it fails, with that.
+
+    Raises what ours raises, but with `keep_going` where the GPU still works: then that is its refusal.
+    """
     reason = peer.why_not(problem)
     if reason is not None:
         return Refusal(peer.name, reason)
@@ -86,16 +96,18 @@ def attempt(peer: Peer, problem: Problem) -> tuple[Call, tuple[Tensor, ...], flo
     except NotImplementedError as refusal:
         return Refusal(peer.name, str(refusal).splitlines()[0])
     except Exception as failure:  # somebody else's code: whatever it raises is its reason
-        if peer.ours:
+        if peer.ours and (not keep_going or harness.broken(problem.device)):
             raise
-        return Refusal(peer.name, first_line(failure))
+        return Refusal(peer.name, first_line(failure), failed=peer.ours)
 
 
 def taking_turns(call: Call, sets: Iterator[tuple[Tensor, ...]]) -> Callable[[], Any]:
     return lambda: call(*next(sets))
 
 
-def enter(problem: Problem, peers: Sequence[Peer], warmup: float) -> tuple[list[Candidate], list[Refusal]]:
+def enter(
+    problem: Problem, peers: Sequence[Peer], warmup: float, keep_going: bool = False
+) -> tuple[list[Candidate], list[Refusal]]:
     """Everybody who can do this call, warm, with what they computed, and the reasons of the others."""
     every = input_sets(problem)
     sets = itertools.cycle(every)
@@ -103,7 +115,7 @@ def enter(problem: Problem, peers: Sequence[Peer], warmup: float) -> tuple[list[
     for peer in peers:
         if problem.device not in peer.devices or problem.dtype not in peer.dtypes:
             continue
-        tried = attempt(peer, problem)
+        tried = attempt(peer, problem, keep_going)
         if isinstance(tried, Refusal):
             refused.append(tried)
             continue
@@ -150,20 +162,23 @@ def in_graphs(
 
 
 def compete(
-    problem: Problem, peers: Sequence[Peer], limits: Mapping[str, float], effort: Effort
+    problem: Problem, peers: Sequence[Peer], limits: Mapping[str, float], effort: Effort, keep_going: bool = False
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """-> a row per candidate, and a note per one that has no time.  The caller sets gradients on or off."""
+    """-> a row per candidate, and a note per one that has no time.  The caller sets gradients on or off.
+
+    keep_going: where one of ours fails, the others are timed all the same.
+    """
     case, dtype, direction = problem.case, problem.dtype, problem.direction
     key = {"case": case.name, "kind": case.kind, "dtype": dtype_name(dtype), "direction": direction}
     truth = case.truth(problem.inputs, direction)
-    candidates, refusals = enter(problem, peers, effort.warmup)
-    notes: list[dict[str, Any]] = [key | refusal._asdict() for refusal in refusals]
+    candidates, refusals = enter(problem, peers, effort.warmup, keep_going)
+    notes: list[dict[str, Any]] = [key | refusal.note() for refusal in refusals]
     verdicts = {candidate.name: judge(candidate, truth) for candidate in candidates}
     for candidate in list(candidates):
         verdict = verdicts[candidate.name]
         if candidate.ours and not verdict["excess"] <= 1:
             said = f"wrong: error {max(verdict['errors'].values()):.1e} is {verdict['excess']:.1f} times its budget"
-            notes.append(key | Refusal(candidate.name, said)._asdict() | {"failed": True})
+            notes.append(key | Refusal(candidate.name, said, failed=True).note())
             candidates.remove(candidate)
     works = {candidate.name: candidate.work for candidate in candidates}
     calls = {candidate.name: candidate.calls for candidate in candidates}
@@ -175,9 +190,11 @@ def compete(
         device=problem.device,
     )  # fmt: skip
     graphs: dict[str, dict[str, float]] = {}
-    if problem.device != "cpu" and timings and min(timing.median for timing in timings.values()) < SMALL:
-        graphs, refused = in_graphs(calls, effort)
-        notes += [key | refusal._asdict() for refusal in refused]
+    small = min(SMALL * getattr(case, "steps", 1), LONGEST)
+    if problem.device != "cpu" and timings and min(timing.median for timing in timings.values()) < small:
+        some = {name: mine[: max(1, round(IN_A_GRAPH / timings[name].median))] for name, mine in calls.items()}
+        graphs, refused = in_graphs(some, effort)
+        notes += [key | refusal.note() for refusal in refused]
     least = floor(case, dtype, direction, limits)
     rows = [
         key

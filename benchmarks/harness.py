@@ -123,8 +123,12 @@ class Recorded:
                 call()
         torch.cuda.current_stream().wait_stream(side)
         self.graph, self.count = torch.cuda.CUDAGraph(), len(calls)
-        with torch.cuda.graph(self.graph):
-            self.results = [call() for call in calls]
+        before = torch.cuda.current_stream()
+        try:
+            with torch.cuda.graph(self.graph):
+                self.results = [call() for call in calls]
+        finally:
+            torch.cuda.set_stream(before)  # torch leaves the capture's own where the end of a capture fails
 
     def __call__(self) -> None:
         self.graph.replay()
@@ -215,6 +219,17 @@ def _status(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}")
 
 
+def broken(device: str) -> bool:
+    """Whether nothing runs on the GPU any more in this process, as after an access to memory that is not there."""
+    if device == "cpu":
+        return False
+    try:
+        torch.zeros(1, device=device).item()
+    except RuntimeError:
+        return True
+    return False
+
+
 def joules() -> float | None:
     """What the GPU has used so far, by NVML's counter; None where that is not to be had."""
     try:
@@ -251,7 +266,13 @@ def error(actual: Sequence[torch.Tensor], exact: Sequence[torch.Tensor]) -> floa
 
 def ceilings(device: str = "cpu", *, seconds: float = 0.3) -> dict[str, float]:
     """What this machine reaches right now: GEMM in flop/s per dtype, the best of some sizes, and copy in
-    bytes/s, read plus written."""
+    bytes/s, read plus written.
+
+    MIRASOL_CEILINGS: a file in which the first of several processes leaves them for the others.
+    """
+    kept = Path(os.environ["MIRASOL_CEILINGS"]) if "MIRASOL_CEILINGS" in os.environ else None
+    if kept is not None and kept.exists():
+        return json.loads(kept.read_text())
     dtypes = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
     found: dict[str, float] = {}
     for dtype in dtypes:
@@ -267,7 +288,10 @@ def ceilings(device: str = "cpu", *, seconds: float = 0.3) -> dict[str, float]:
     source = torch.randn((32 if device == "cpu" else 512) * 2**20, device=device)
     target = torch.empty_like(source)
     best = _best(lambda: target.copy_(source), device, seconds)
-    return found | {"copy": 2 * source.nbytes / best}
+    found["copy"] = 2 * source.nbytes / best
+    if kept is not None:
+        write(found, kept)
+    return found
 
 
 def _best(work: Callable[[], Any], device: str, seconds: float) -> float:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from benchmarks.whole import COMBINERS, COMPILED, RECOMPUTING
+from benchmarks.whole import AUTOMATIC, COMBINERS, COMPILED, RECOMPUTING
 
 Row = dict[str, Any]
-OURS = ("native", "triton")
+OURS = ("native", "triton", AUTOMATIC)
 HEAD = ("", "times eager", "at least", "limit of our ops", "times compiled", "at least", "memory of the step / eager's",
         "at most", "memory of the process / eager's", "met")  # fmt: skip
 

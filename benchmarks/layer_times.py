@@ -46,6 +46,7 @@ from mirasol_model.text import Memory
 COMBINERS = ("current", "all")  # those whose flops are all matmuls and attention
 GPUS = (1, 2, 4, 8, 16, 32, 64)
 WHOLE = "whole step"
+WARMUP = 0.05  # seconds, for each of some 65 calls
 NOT_LINEAR = ("text",)  # in its snippets: a call is never made smaller
 Work = Callable[[], None]
 
@@ -308,7 +309,7 @@ def measure(
         works[WHOLE, snippets] = whole_step(config, snippets, where)
         flops[WHOLE, snippets] = flops_of(config, parts(config, snippets, 1)) if countable() else None
     named = {f"{name}, {n}": work for (name, n), work in works.items()}
-    times = harness.interleave(named, rounds=9, budget=seconds, device=where)
+    times = harness.interleave(named, rounds=9, warmup=WARMUP, budget=seconds, device=where)
     return [
         {"combiner": config.combiner.context, "part": name, "snippets": n, "seconds": took.median,
          "seconds_low": took.low, "seconds_high": took.high, "rounds": took.rounds, "flops": flops[name, n]}

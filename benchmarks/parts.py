@@ -357,7 +357,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     machine, limits, file = report["machine"], report["ceilings"], options.out / "parts.json"
     where = f"{machine.get('gpu', machine['cpu'])}, {harness.threads(machine)}, {machine['isa']}"
     print(f"a training step of {options.preset}, batch 1, {options.dtype}, {where}, torch {machine['torch']}")
-    for frames in sorted(set(options.frames)):
+    for frames in dict.fromkeys(options.frames):
         read = decoding(options.clip, config, frames)
         for combiner in dict.fromkeys(options.combiner):
             model = build(configure(options.preset, combiner), device, options.dtype)

@@ -17,12 +17,13 @@ from matplotlib.ticker import FuncFormatter, LogLocator
 
 from benchmarks.cases import NAMES
 from benchmarks.harness import threads
-from benchmarks.whole import RECOMPUTING, in_order
+from benchmarks.whole import AUTOMATIC, RECOMPUTING, in_order
 
 INK = "#7d8590"  # a grey with enough contrast on white and on black; so are the colours
 COLOURS = {
     "native": "#2f81f7",
     "triton": "#2f81f7",
+    AUTOMATIC: "#2f81f7",
     "cuda": "#3fb950",
     "reference": "#db6d28",
     "compiled": "#a371f7",

@@ -131,8 +131,8 @@ def measure(
             save(report)
             rows: list[dict[str, Any]] = []
             try:
-                rows, notes = one(case, dtype, direction, options.device, peers, report["ceilings"], effort)
-            except Exception as failure:  # ours: this call has no numbers, and the others may
+                rows, notes = one(case, dtype, direction, peers, report["ceilings"], effort, options)
+            except Exception as failure:  # this call has no numbers, and the others may
                 if not options.keep_going:
                     raise
                 notes = [key | {"name": "ours", "reason": contest.first_line(failure), "failed": True}]
@@ -142,7 +142,7 @@ def measure(
             save(report)
             bar.write(tables.block(case, rows, notes, direction, dtype), file=sys.stdout)
             sys.stdout.flush()
-            if direction in case.memory and dtype == options.dtype[0]:
+            if options.memory and direction in case.memory and dtype == options.dtype[0]:
                 for name in [row["candidate"] for row in rows if row["candidate"] in known]:
                     bar.set_description(f"{case.name}: memory of {name}")
                     job = Job(options.op, case.name, dtype, direction, options.device, name, options.threads)
@@ -152,7 +152,7 @@ def measure(
                         if not options.keep_going:
                             raise
                         report["notes"].append(key | {"name": name, "reason": f"memory: {contest.first_line(failure)}"})
-            if broken(options.device):
+            if harness.broken(options.device):
                 break
             report["trying"] = None
             save(report)
@@ -161,23 +161,14 @@ def measure(
 
 
 def one(
-    case: Any, dtype: str, direction: str, device: str, peers: Sequence[Peer], limits: dict[str, float], effort: Any
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    case: Any, dtype: str, direction: str, peers: Sequence[Peer], limits: dict[str, float], effort: contest.Effort,
+    options: argparse.Namespace,
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:  # fmt: skip
     """Rows and notes of one call."""
-    problem = Problem(case, DTYPES[dtype], direction, device, case.inputs(DTYPES[dtype], device, 0))
+    inputs = case.inputs(DTYPES[dtype], options.device, 0)
+    problem = Problem(case, DTYPES[dtype], direction, options.device, inputs)
     with torch.set_grad_enabled(direction == "backward"):
-        return contest.compete(problem, peers, limits, effort)
-
-
-def broken(device: str) -> bool:
-    """Whether nothing runs on the GPU any more in this process, as after an access to memory that is not there."""
-    if device == "cpu":
-        return False
-    try:
-        torch.zeros(1, device=device).item()
-    except RuntimeError:
-        return True
-    return False
+        return contest.compete(problem, peers, limits, effort, options.keep_going)
 
 
 def call_of(x: dict[str, Any]) -> tuple[str, str, str]:
@@ -223,7 +214,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--quick", action="store_true", help="small shapes, few rounds: does everything work?")
     parser.add_argument("--no-tests", dest="tests", action="store_false", help="do not run the op's tests first")
-    parser.add_argument("--keep-going", action="store_true", help="when ours fails in a call, go on with the next")
+    parser.add_argument("--no-memory", dest="memory", action="store_false", help="times only: what compiles does once")
+    parser.add_argument("--keep-going", action="store_true", help="when ours fails in a call, go on without it")
     parser.add_argument("--resume", action="store_true", help="go on with the file in --out, where a process ended")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the files (default: out)")
     options = parser.parse_args(arguments)

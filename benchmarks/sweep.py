@@ -23,6 +23,7 @@ from benchmarks import harness, headline, mirasol_pytorch
 from benchmarks.bar import tqdm
 from benchmarks.contest import first_line
 from benchmarks.whole import (
+    AUTOMATIC,
     COMBINERS,
     COMPILED,
     DTYPES,
@@ -59,15 +60,22 @@ DOUBLE = {"float32": 2, "bfloat16": 16}  # times as long as in this dtype it tak
 def serving(
     model: Mirasol, clip: Clip, combiner: str, options: argparse.Namespace, device: str
 ) -> tuple[list[str], list[str]]:
-    """-> the backends that run this model here, and why the others do not. Two passes each: they warm up as well."""
-    serve, notes = [], []
-    for backend in BACKENDS[device]:
+    """-> the backends that run this model here, and why the others do not. Two passes each: they warm up as well.
+
+    On a GPU the automatic choice stands for `triton` where one op of the model refuses that, as the Token Turing
+    Machine's steps do in bfloat16: else there would be no time of what users get.
+    """
+    serve, notes, known = [], [], list(BACKENDS[device])
+    for backend in known:
+        call, wanted = runner(model, backend)
         try:
             for _ in range(2):
-                step(model, first(clip, min(clip.video.shape[1], 16), device), backend, options.train)
+                step(model, first(clip, min(clip.video.shape[1], 16), device), wanted, options.train, call)
             serve.append(backend)
         except NotImplementedError as refusal:
             notes.append(f"{combiner}: {refusal}")
+            if backend == "triton":
+                known.insert(1, AUTOMATIC)  # the next one
     recomputing = [backend + RECOMPUTING for backend in serve if options.recompute]
     return serve + recomputing + [COMPILED] * options.compile, notes
 
@@ -265,7 +273,10 @@ def sweep(
     """
     configs = {name: configure(options.preset, name, options.snippet) for name in dict.fromkeys(options.combiner)}
     print(introduction(report, configs[options.combiner[0]]), HEADER, sep="\n\n", flush=True)
-    sizes, known = sorted(set(options.frames)), len(BACKENDS[device]) * (1 + options.recompute) + options.compile
+    sizes, known = (
+        list(dict.fromkeys(options.frames)),
+        len(BACKENDS[device]) * (1 + options.recompute) + options.compile,
+    )
     total = sum(sizes) * len(configs) * (1 + 2 * known)
     form = "{desc:<42} {percentage:3.0f}% |{bar}| {elapsed}, {remaining} left"
     with tqdm(total=total, bar_format=form, dynamic_ncols=True, disable=None) as bar:  # on a terminal only
@@ -318,7 +329,9 @@ def positive(text: str) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sweep", description=__doc__.splitlines()[0])
-    parser.add_argument("--frames", type=positive, nargs="+", default=list(FRAMES), help="sizes of the clip")
+    parser.add_argument(
+        "--frames", type=positive, nargs="+", default=list(FRAMES), help="sizes of the clip, in this order"
+    )
     parser.add_argument("--clip", default=SAMPLE, help=f"a video file, or {NOISE!r} (default: the sample clip)")
     parser.add_argument("--preset", choices=PRESETS, default="small")
     parser.add_argument("--snippet", type=positive, help="frames of a snippet (default: the preset's)")

@@ -1,5 +1,6 @@
 """Every test starts from the same seed, and memory that nobody wrote holds NaN."""
 
+import contextlib
 import importlib.util
 import os
 from collections import Counter, defaultdict
@@ -11,11 +12,14 @@ import torch
 
 if importlib.util.find_spec("hypothesis"):  # `make gpu-check` runs where it may be absent
     import hypothesis
-    from hypothesis.internal.conjecture import providers
 
     # Derandomised: a red run is red again for whoever looks at it. A found failure becomes a named case. Constants out
-    # of modules that a process happens to have loaded, which xdist makes another set each time, are not drawn either.
-    providers.HypothesisProvider._local_constants = providers.Constants()
+    # of modules that a process happens to have loaded, which xdist makes another set each time, are not drawn either:
+    # by private names, which other versions may not have.
+    with contextlib.suppress(ImportError, AttributeError):
+        from hypothesis.internal.conjecture import providers
+
+        providers.HypothesisProvider._local_constants = providers.Constants()
     hypothesis.settings.register_profile(
         "mirasol",
         derandomize=True,

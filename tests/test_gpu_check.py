@@ -179,6 +179,27 @@ def test_outcomes_of_a_log_that_may_end_anywhere():
     assert not gpu_check.bad(without_pytest) and gpu_check.line(without_pytest).endswith("all cases")
 
 
+def test_ceilings_are_measured_once(tmp_path, monkeypatch):
+    """By the first stage that needs them; the others read its file."""
+    monkeypatch.setattr(harness, "_best", lambda work, device, seconds: 1.0)
+    assert harness.ceilings() == harness.ceilings() and not list(tmp_path.iterdir())
+    monkeypatch.setenv("MIRASOL_CEILINGS", str(tmp_path / "ceilings.json"))
+    first = harness.ceilings()
+    monkeypatch.setattr(harness, "_best", lambda work, device, seconds: pytest.fail("measured again"))
+    assert harness.ceilings() == first and first["copy"] > 0
+
+
+def test_every_stage_is_told_where_ceilings_are(work):
+    (found,) = check([python("told", 9, "import os; print(os.environ['MIRASOL_CEILINGS'])")], 20, work)["stages"]
+    assert found["said"].strip() == str(work / gpu_check.CEILINGS)
+
+
+@pytest.mark.parametrize(("cores", "workers"), [(None, 1), (1, 1), (2, 1), (4, 2), (16, 14), (64, 14)])
+def test_workers(monkeypatch, cores, workers):
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    assert gpu_stages.workers_here() == workers
+
+
 @pytest.fixture
 def fake_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -201,6 +222,8 @@ def test_commands_are_what_the_benchmarks_take(fake_gpu, monkeypatch):
             assert ours and len(options.peer) > len(ours)
         if "benchmarks.sweep" in stage.command:
             import benchmarks.sweep as sweep
+
+            assert stage.command[stage.command.index("--frames") + 1] == "512"  # what there are targets for comes first
 
             monkeypatch.setattr(sweep, "load", lambda *_: (_ for _ in ()).throw(ValueError("parsed")))
             assert sweep.main(stage.command[3:]) == 2

@@ -19,6 +19,7 @@ class Gpu:
     def __init__(self) -> None:
         self.calls: list[str] = []
         self.held = 100
+        self.streams: list[object] = []  # that were made the current one
 
     def event(self, enable_timing: bool) -> SimpleNamespace:
         event = SimpleNamespace(at=0, synchronize=lambda: None)
@@ -66,6 +67,7 @@ def gpu(monkeypatch) -> Gpu:
         "Stream": lambda: stream,
         "current_stream": lambda: stream,
         "stream": lambda _: type("Within", (), vars(context))(),
+        "set_stream": lambda stream: GPU.streams.append(stream),
         "CUDAGraph": Graph,
         "graph": Recording,
         "synchronize": lambda: None,
@@ -96,12 +98,17 @@ def test_a_graph_is_all_calls_and_its_time_is_that_of_one(gpu):
 
 
 def test_who_cannot_be_captured_says_so(gpu):
+    warmed = []
+
     def fails() -> None:
-        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        if warmed:
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        warmed.append(True)
 
     timings, refused = contest.in_graphs({"a": [work], "b": [fails]}, contest.QUICK)
     assert timings == {"a": {"graph_seconds": 1e-3, "graph_seconds_low": 1e-3, "graph_seconds_high": 1e-3}}
-    assert [tuple(r) for r in refused] == [
+    assert gpu.streams == [torch.cuda.current_stream()] * 2  # the failed capture leaves nobody on its own
+    assert [(r.name, r.reason) for r in refused] == [
         ("b", "not captured in a CUDA graph: RuntimeError: operation not permitted when stream is capturing")
     ]
 

@@ -127,12 +127,12 @@ def test_a_part_is_exact(monkeypatch):
     assert all(torch.equal(part.exact[name], whole.exact[name][:, [0, 3]]) for name in whole.exact)
 
 
-def compete(*peers, name="quick_uniform", direction="backward", dtype=torch.float32):
+def compete(*peers, name="quick_uniform", direction="backward", dtype=torch.float32, keep_going=False):
     case = CASES[name]
     problem = Problem(case, dtype, direction, "cpu", case.inputs(dtype, "cpu", 0))
     limits = {"gemm float32": 1e11, "copy": 1e10}
     with torch.set_grad_enabled(direction == "backward"):
-        return contest.compete(problem, peers, limits, contest.QUICK)
+        return contest.compete(problem, peers, limits, contest.QUICK, keep_going)
 
 
 def changed(by, **fields):
@@ -159,7 +159,7 @@ def test_the_error_of_a_peer_stands_beside_its_time():
     assert rows[0]["excess"] <= 1 < rows[1]["excess"]
 
 
-def test_refusals_are_reasons():
+def test_refusals_are_reasons(monkeypatch):
     def fail(results):
         raise ValueError("two\nlines")
 
@@ -170,6 +170,13 @@ def test_refusals_are_reasons():
     ]
     with pytest.raises(ValueError, match="two"):  # ours may refuse, it may not fail
         compete(changed(fail, ours=True))
+    peers = changed(fail, ours=True), PEERS["reference"]
+    rows, notes = compete(*peers, keep_going=True)
+    assert [row["candidate"] for row in rows] == ["reference"]
+    assert [(note["name"], note["reason"], note["failed"]) for note in notes] == [("changed", "ValueError: two", True)]
+    monkeypatch.setattr(harness, "broken", lambda device: True)  # then nobody can go on
+    with pytest.raises(ValueError, match="two"):
+        compete(*peers, keep_going=True)
 
 
 class Fixed:
@@ -341,7 +348,7 @@ def test_a_run_goes_on_after_what_it_ended_in(quick_run, monkeypatch, tmp_path, 
 
 
 def test_a_broken_gpu_ends_the_process_after_its_case(quick_run, monkeypatch, capsys):
-    monkeypatch.setattr(run, "broken", lambda device: True)
+    monkeypatch.setattr(harness, "broken", lambda device: True)
     code, found = quick_run()
     assert code == 3 and len({row["case"] for row in found["rows"]}) == 1 and found["trying"] is not None
     assert "--resume goes on in another" in capsys.readouterr().err
@@ -363,11 +370,11 @@ def test_whether_a_gpu_is_broken(monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("an illegal memory access was encountered")
 
-    assert not run.broken("cpu")
+    assert not harness.broken("cpu")
     monkeypatch.setattr(torch, "zeros", lambda *_, device: torch.ones(1))
-    assert not run.broken("cuda")
+    assert not harness.broken("cuda")
     monkeypatch.setattr(torch, "zeros", fail)
-    assert run.broken("cuda")
+    assert harness.broken("cuda")
 
 
 def row(case, candidate, seconds, ours=False):

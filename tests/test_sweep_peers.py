@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -130,6 +132,27 @@ def test_a_size_that_fails_is_a_note(quick, monkeypatch, tmp_path):
     monkeypatch.setattr(sweep, "serving", lambda *_: (_ for _ in ()).throw(Exception("no kernel")))
     assert sweep.main([*arguments, "--keep-going"]) == 0
     assert json.loads((tmp_path / "sweep.json").read_text())["notes"] == ["FAILED all: Exception: no kernel"]
+
+
+def test_what_users_get_where_triton_refuses(quick, monkeypatch, tmp_path):
+    """As on a GPU, where it refuses an op of some models; here it refuses all, and the automatic choice is native."""
+    monkeypatch.setitem(sweep.BACKENDS, "cpu", ("triton", "reference"))
+    assert sweep.main(["--preset", "tiny", "--clip", "noise", "--frames", "8", "4", "--out", str(tmp_path)]) == 0
+    report = json.loads((tmp_path / "sweep.json").read_text())
+    rows = [(row["frames"], row["backend"]) for row in report["rows"]]
+    assert rows == [
+        (frames, name) for frames in (8, 4) for name in ("automatic", "reference")
+    ]  # in the order asked for
+    assert len(report["notes"]) == 1 and "backend 'triton' refuses this call: " in report["notes"][0]
+
+
+def test_seconds_in_ops_on_a_gpu(monkeypatch):
+    """What an op calls is within its time: counted once."""
+    times = {"mirasol_cuda::a_fwd": 5e6, "mirasol_cuda_raw::a_fwd": 5e6, "mirasol_triton::b_fwd": 2e6, "aten::mm": 9e6}
+    events = [SimpleNamespace(key=key, device_time_total=time) for key, time in times.items()]
+    profiler = contextlib.nullcontext(SimpleNamespace(key_averages=lambda: events))
+    monkeypatch.setattr(torch.profiler, "profile", lambda activities: profiler)
+    assert whole.seconds_in_ops(lambda: None, "cuda") == 7
 
 
 def test_the_compiled_reference(quick, monkeypatch, tmp_path):

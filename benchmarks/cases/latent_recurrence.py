@@ -56,12 +56,13 @@ class Case:
     def weights(self, generator: torch.Generator) -> list[Tensor]:
         return [x for _, x in self.template(generator).named_tensors()]
 
-    def template(self, generator: torch.Generator | None = None) -> TokenTuringParameters:
+    def template(self, generator: torch.Generator | None = None, device: str = "cpu") -> TokenTuringParameters:
         sizes: dict[str, Any] = {"layers": self.layers, "mlp": self.mlp, "heads": HEADS, "hidden": HIDDEN}
-        return TokenTuringParameters.init(self.c, self.slots, self.read, generator=generator, **sizes)
+        return TokenTuringParameters.init(self.c, self.slots, self.read, generator=generator, device=device, **sizes)
 
     def bound(self, weights: Sequence[Tensor]) -> TokenTuringParameters:
-        template = self.template()
+        """Within what is timed: it draws nothing."""
+        template = empty(self)
         return template.replace(dict(zip(dict(template.named_tensors()), weights, strict=True)))
 
     def step(self, weights: Sequence[Tensor]) -> Step:
@@ -139,6 +140,12 @@ class Block(Case):
 
     def ours(self, weights: Sequence[Tensor], state: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         return latent_recurrence(self.step(weights), state, x)
+
+
+@functools.cache
+def empty(case: Case) -> TokenTuringParameters:
+    """Names and shapes without numbers."""
+    return case.template(device="meta")
 
 
 def loop(step: Step, state: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:

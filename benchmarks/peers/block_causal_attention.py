@@ -5,6 +5,7 @@ Not here: a bias of xformers, which has no class for it, and a dense one is `den
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import shutil
@@ -21,6 +22,10 @@ import mirasol_kernels
 from benchmarks.peers import Call, Peer, Problem, anything
 from mirasol_kernels import SnippetLayout, block_causal_attention
 
+# Without cuDNN, which some versions of PyTorch prefer and which has a loop of its own; the last where no other can.
+FUSED = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
+CUDNN = (SDPBackend.CUDNN_ATTENTION,)
+PLANS = 16  # of cuDNN, at most
 FEW = 16  # rows: neighbouring groups smaller than this share one call with a mask
 Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -79,13 +84,21 @@ def no_mask(most: float, problem: Problem) -> str | None:
     return f"its mask takes {size / 1e9:.0f} GB to make" if size > memory_of(problem.device) / 3 else None
 
 
+def masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """On a GPU the only fused kernel that takes a mask takes no groups of heads, and plain matmuls would stand in:
+    there keys and values are repeated."""
+    group = q.shape[1] // k.shape[1]
+    if group > 1 and q.device.type == "cuda":
+        k, v = (x.repeat_interleave(group, 1) for x in (k, v))
+    return sdpa(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] > k.shape[1])
+
+
 def dense(problem: Problem) -> Call:
     seen = problem.case.layout.dense_mask(problem.device)  # (B or 1, Nq, Nk)
     mask, asks = additive(seen, problem.dtype)[:, None], seen.any(2)[:, None, :, None]
-    grouped = problem.case.group > 1
 
     def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return sdpa(q, k, v, attn_mask=mask, enable_gqa=grouped)
+        return masked(q, k, v, mask)
 
     if bool(asks.all()):
         return both(problem, forward)
@@ -164,8 +177,10 @@ def of_torch(problem: Problem) -> Attend:
     group, learning = problem.case.group, problem.direction == "backward"
 
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        if group == 1 or learning or mask is not None:
-            return sdpa(q, k, v, attn_mask=mask, enable_gqa=group > 1)
+        if mask is not None:
+            return masked(q, k, v, mask)
+        if group == 1 or learning:
+            return sdpa(q, k, v, enable_gqa=group > 1)
         folded = q.unflatten(1, (-1, group)).flatten(2, 3)  # (B, Hkv, g*n, D): keys are read once for all their heads
         return sdpa(folded, k, v).unflatten(2, (group, -1)).flatten(1, 2)
 
@@ -174,10 +189,19 @@ def of_torch(problem: Problem) -> Attend:
 
 def of_cudnn(problem: Problem) -> Attend:
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            return sdpa(q, k, v, attn_mask=mask, enable_gqa=problem.case.group > 1)
+        return sdpa(q, k, v, attn_mask=mask, enable_gqa=problem.case.group > 1)
 
     return attend
+
+
+def many_plans(problem: Problem) -> str | None:
+    """cuDNN makes a plan for every shape at its first call, some 0.4 s each as reported."""
+    shapes = {
+        (piece.rows.stop - piece.rows.start, sum(keys.stop - keys.start for keys in piece.keys))
+        for mine in pieces(problem.case.layout, problem.dtype, "cpu")
+        for piece in mine
+    }
+    return f"cuDNN would plan {len(shapes)} shapes, each by itself" if len(shapes) > PLANS else None
 
 
 def of_flash_attn(problem: Problem) -> Attend:
@@ -212,7 +236,8 @@ def not_installed(package: str, problem: Problem) -> str | None:
     return None
 
 
-def loop(problem: Problem, of: Callable[[Problem], Attend] = of_torch) -> Call:
+def loop(problem: Problem, of: Callable[[Problem], Attend] = of_torch, kernels: Sequence[SDPBackend] = FUSED) -> Call:
+    """kernels: of PyTorch's attention, those that may be chosen on a GPU."""
     found, attend = pieces(problem.case.layout, problem.dtype, problem.device), of(problem)
 
     def one(q: Tensor, k: Tensor, v: Tensor, mine: Sequence[Piece]) -> Tensor:
@@ -226,9 +251,10 @@ def loop(problem: Problem, of: Callable[[Problem], Attend] = of_torch) -> Call:
 
     def forward(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         outs = []
-        for b, mine in enumerate(found):
-            q_, k_, v_ = (per_batch_row(x, b, len(found)) for x in (q, k, v))
-            outs.append(one(q_, k_, v_, mine))
+        with sdpa_kernel(list(kernels)) if problem.device != "cpu" else contextlib.nullcontext():
+            for b, mine in enumerate(found):
+                q_, k_, v_ = (per_batch_row(x, b, len(found)) for x in (q, k, v))
+                outs.append(one(q_, k_, v_, mine))
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
     return both(problem, forward)
@@ -335,7 +361,9 @@ PEERS = {
         Peer("reference", partial(ours, "reference")),
         Peer("dense_mask", dense, partial(no_mask, 6)),
         Peer("per_snippet", loop),
-        Peer("cudnn_per_snippet", partial(loop, of=of_cudnn), devices=("cuda",), dtypes=HALF),
+        Peer(
+            "cudnn_per_snippet", partial(loop, of=of_cudnn, kernels=CUDNN), many_plans, devices=("cuda",), dtypes=HALF
+        ),
         Peer(
             "flash_attn", partial(loop, of=of_flash_attn), partial(not_installed, "flash_attn"), False, ("cuda",), HALF
         ),

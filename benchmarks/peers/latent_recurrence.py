@@ -69,15 +69,18 @@ def eager(problem: Problem) -> Call:
 
 
 def compiled(problem: Problem) -> Call:
-    """The step compiled, the loop around it Python: the loop as one graph compiles for longer with every step."""
+    """The step compiled, the loop around it Python: the loop as one graph compiles for longer with every step.
+
+    The weights are bound outside of what is compiled, once a call, as everybody else does it.
+    """
     torch._dynamo.reset()  # else the eighth shape would be one too many to compile
 
     @partial(torch.compile, dynamic=False)
-    def step(weights: Sequence[Tensor], state: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        return problem.case.step(weights)(state, x)
+    def step(bound: Step, state: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        return bound(state, x)
 
     def run(weights: Sequence[Tensor], state: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        return loop(partial(step, tuple(weights)), state, x)
+        return loop(partial(step, problem.case.step(weights)), state, x)
 
     call = call_of(problem, run)
     with torch.set_grad_enabled(problem.direction == "backward"):
