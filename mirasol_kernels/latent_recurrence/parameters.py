@@ -152,10 +152,11 @@ class TokenTuringParameters:
             got = f"{memory_mode!r} and {tokens}"
             raise ValueError(f"{_INIT}: memory_mode, tokens: expected 'TL' and None with the simple unit, got {got}")
         sizes = {"width": width, "memory": memory, "read": read, "layers": layers}
-        sizes |= {"mlp": mlp, "heads": heads, "hidden": hidden} | ({} if tokens is None else {"tokens": tokens})
+        sizes |= {"mlp": mlp, "heads": heads, "hidden": hidden, "tokens": 0 if tokens is None else tokens}
         for name, number in sizes.items():
-            if not isinstance(number, int) or number < 1:
-                raise ValueError(f"{_INIT}: {name}: expected an integer of at least 1, got {number!r}")
+            least = 0 if name == "tokens" else 1
+            if not isinstance(number, int) or number < least:
+                raise ValueError(f"{_INIT}: {name}: expected an integer of at least {least}, got {number!r}")
         if processor == "transformer" and width % heads:
             raise ValueError(f"{_INIT}: width: expected a multiple of heads = {heads}, got {width}")
         if memory_mode == "MHA" and width % POOL_HEADS:

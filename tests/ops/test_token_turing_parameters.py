@@ -137,7 +137,7 @@ INIT_ERRORS = [
         ({name: 0}, f"{name}: expected an integer of at least 1, got 0")
         for name in ("layers", "heads", "mlp", "hidden")
     ),
-    ({"tokens": -1}, "tokens: expected an integer of at least 1, got -1"),
+    ({"tokens": -1}, "tokens: expected an integer of at least 0, got -1"),
     ({"heads": 2.0}, "heads: expected an integer of at least 1, got 2.0"),
     ({"heads": 3}, "width: expected a multiple of heads = 3, got 8"),
     ({"c": 12, "memory_mode": "MHA"}, "width: expected a multiple of 8, the heads of MHA, got 12"),
