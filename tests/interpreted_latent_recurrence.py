@@ -135,6 +135,17 @@ def test_reads_only_its_inputs() -> None:
     assert_same({str(i): x for i, x in enumerate(around)}, {str(i): x for i, x in enumerate(once)})
 
 
+@pytest.mark.parametrize("read", [3, 8, 17])
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+def test_videos_do_not_leak(poison: float, read: int) -> None:
+    """A video that is NaN or infinite changes no bit of the others of its batch."""
+    args = changed(arguments(3, 2, 6, read, 24, 16, 16, 4), Tensor.float)
+    clean = interpreted(*args, True)
+    args[0][1] = poison
+    for x, y in zip(interpreted(*args, True), clean, strict=True):
+        assert torch.equal(x[::2], y[::2]) and not x[1].isfinite().all()
+
+
 @pytest.mark.parametrize("layers", [1, 2])
 def test_launches(layers: int) -> None:
     """4 + 4 for each block of the processor, a step."""

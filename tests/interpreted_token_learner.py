@@ -118,6 +118,21 @@ def test_regimes(name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert_right(cases.case(name), orders=3)
 
 
+def test_chunks_share_their_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many batch rows and sources: memory does not grow with them."""
+    use(monkeypatch, fuses=lambda *_: False, WORKSPACE=1)
+    weights = [torch.randn(size) for size in ((24,), (24,), (16, 24), (16,), (5, 16), (5,))]
+    call = [torch.randn(3, 20, 24), torch.randn(3, 9, 24)], [None, None], *weights, None, False, 1e-6, True
+    maximum, total, pooled = results = op._fake_fwd(*call)
+    machine, args = Machine(90, 2), (pooled, None, maximum, total, pooled, *call)
+    done = triton.forward_launches(*call, *results, machine=machine)
+    done += triton_backward.backward_launches(*args, op._fake_bwd(*args), machine=machine)
+    for kernel, name in (("pool", "hidden"), ("gradient", "z"), ("gradient", "dz"), ("gradient", "moments")):
+        buffers = [launch.arguments[name] for launch in done if launch.kernel.__name__ == kernel]
+        assert len(buffers) == 6 and len({x.data_ptr() for x in buffers}) == 1, name
+        assert buffers[0].untyped_storage().nbytes() == buffers[0].nbytes, name
+
+
 @pytest.mark.parametrize("name", ["valid", "wide", "write"])
 def test_tiles_of_the_table(name: str) -> None:
     assert_right(cases.case(name))

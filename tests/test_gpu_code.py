@@ -33,8 +33,8 @@ INTERPRETED = [
     *[("interpreted", part) for part in ("budget and float32", "budget and float16", "tiles_of_the_table")],
     *[("interpreted", part) for part in ("decode or leak", "drawn")],
     *[("interpreted_token_learner", f"budget and {kind} and {bits}") for kind in ("tokens", "state") for bits in BITS],
-    *[("interpreted_token_learner", part) for part in ("regimes or tiles_of", "leak or reads_only", "drawn")],
-    *[("interpreted_latent_recurrence", part) for part in ("budget or large or reads or launches", "shapes")],
+    *[("interpreted_token_learner", part) for part in ("regimes or chunks or tiles_of", "leak or reads_only", "drawn")],
+    *[("interpreted_latent_recurrence", part) for part in ("budget or large or reads or leak or launches", "shapes")],
 ]
 KERNELS = ("forward", "decode", "backward_q", "backward_kv")
 

@@ -16,7 +16,7 @@ from mirasol_kernels._triton import (
     power_of_two,
     share_of,
 )
-from mirasol_kernels.latent_recurrence.triton_config import ATTEND_ROWS, attend_tile, linear_tile
+from mirasol_kernels.latent_recurrence.triton_config import attend_tile, linear_tile
 
 EPS = tl.constexpr(1e-6)  # of every LayerNorm
 
@@ -51,14 +51,13 @@ def linear_launch(
 def attend_launch(qkv: Tensor, layer: list[Tensor], x: Tensor, read: int, heads: int) -> Launch:
     """x (B r, c) += the layer of what the r tokens of a video see of each other; qkv (B r, 3 c)."""
     (weight, bias), (rows, c) = layer, x.shape
-    tile, videos = attend_tile(read, c // heads), max(1, ATTEND_ROWS // read)  # several in a tile, or one in several
-    owned = videos * read
+    tile = attend_tile(read, c // heads)
     arguments = {
-        **{"qkv": qkv, "weight": weight, "bias": bias, "x": x, "rows": rows},
-        **{"C": c, "HEAD": c // heads, "READ": read, "VIDEOS": videos, "TILES": triton.cdiv(owned, tile.rows)},
+        **{"qkv": qkv, "weight": weight, "bias": bias, "x": x},
+        **{"C": c, "HEAD": c // heads, "READ": read, "TILES": triton.cdiv(read, tile.rows)},
         **{"ROWS": tile.rows, "KEYS": tile.channels, "COLUMNS": tile.columns, "BLOCK_D": power_of_two(c // heads)},
     }
-    grid = triton.cdiv(rows, owned) * arguments["TILES"], triton.cdiv(c, tile.columns)
+    grid = rows // read * arguments["TILES"], triton.cdiv(c, tile.columns)
     return Launch(attend, grid, arguments, tile.options())
 
 
@@ -175,39 +174,38 @@ def attend(
     weight,
     bias,
     x,
-    rows,
     C: tl.constexpr,
     HEAD: tl.constexpr,
     READ: tl.constexpr,
-    VIDEOS: tl.constexpr,
     TILES: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     COLUMNS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """COLUMNS channels of x for a tile of the rows of VIDEOS videos, of which each sees its own video's.
+    """COLUMNS channels of x for a tile of the rows of one video, which see each other.
+
+    Never of several: a weight of 0 does not keep out an infinite or NaN value of another video.
 
     Every block of channels attends again, head by head: as much as its part of the projection, and one launch less.
     """
-    start = tl.program_id(0) // TILES * (VIDEOS * READ)
+    start = tl.program_id(0) // TILES * READ
     index = tl.program_id(0) % TILES * ROWS + tl.arange(0, ROWS)
     column, d = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, BLOCK_D)
-    row, inside = start + index, (index < VIDEOS * READ) & (start + index < rows)
-    video = tl.minimum(index // READ, VIDEOS - 1)  # rows outside look at the last video, so that no NaN arises
+    row, inside = start + index, index < READ
     acc = tl.zeros([ROWS, COLUMNS], tl.float32)
     for first in range(0, C, HEAD):
         q = head_at(qkv, row, inside, first, d, C, HEAD, BLOCK_D)
         m = tl.full([ROWS], float("-inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)
         seen = tl.zeros([ROWS, BLOCK_D], tl.float32)
-        for key in range(0, VIDEOS * READ, KEYS):
+        for key in range(0, READ, KEYS):
             other = key + tl.arange(0, KEYS)
-            exists = start + other < rows
+            exists = other < READ
             k = head_at(qkv, start + other, exists, first + C, d, C, HEAD, BLOCK_D)  # (KEYS, BLOCK_D)
             v = head_at(qkv, start + other, exists, first + 2 * C, d, C, HEAD, BLOCK_D)
             s = tl.dot(q, tl.trans(k), input_precision="ieee") * (HEAD**-0.5)  # (ROWS, KEYS)
-            s = tl.where(video[:, None] == (other // READ)[None, :], s, float("-inf"))
+            s = tl.where(exists[None, :], s, float("-inf"))
             m, total, seen = add_tokens(m, total, seen, s, v)
         mask = column[:, None] < C
         if HEAD != BLOCK_D:

@@ -33,6 +33,7 @@ from mirasol_kernels.token_learner.triton_layer import (
     layer_constants,
     layer_launch,
     load_tokens,
+    most_tokens,
     reader,
 )
 
@@ -88,14 +89,15 @@ def forward_launches(
 
     fold, first = fold_launch(norm_weight, norm_bias, w1, b1)
     done = [fold] if count else []
+    units = None if fused else w2.new_empty(most_tokens(sources, h), h)
     before = 0
     for i, (source, table, splits) in enumerate(zip(sources, positions, shares, strict=True)):
         for rows in chunks(source, h) if splits else ():
             x = source[rows]
             read = reader(x, table, None if valid is None else valid[rows], i, eps)
             hidden = None
-            if not fused:
-                hidden = x.new_empty(*x.shape[:2], h)
+            if units is not None:
+                hidden = units[: x.shape[:2].numel()].view(*x.shape[:2], h)
                 done.append(layer_launch(read, first, hidden, None, erf, machine))
             arguments = {
                 **read,

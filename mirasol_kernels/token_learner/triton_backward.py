@@ -36,6 +36,7 @@ from mirasol_kernels.token_learner.triton_layer import (
     layer_constants,
     layer_launch,
     load_tokens,
+    most_tokens,
     reader,
 )
 from mirasol_kernels.token_learner.triton_weights import WeightSums, position_launch
@@ -77,12 +78,15 @@ def backward_launches(
     prepare, given = prepare_launch(dpooled, dsum, total, pooled, dtype, tile)
     done = [fold, prepare] if batch else []
     sums = WeightSums(w1, w2, batch * sum(triton.cdiv(x.shape[1], tile.tokens) for x in sources), machine)
+    most = most_tokens(sources, h)
+    zs, dzs, lines = total.new_empty(most, h), w2.new_empty(most, h), total.new_empty(2 * most)
     for i, (source, table, dx) in enumerate(zip(sources, positions, dsources, strict=True)):
         for rows in chunks(source, h) if source.shape[1] else ():
             x = source[rows]
             read = reader(x, table, None if valid is None else valid[rows], i, eps)
-            z = x.new_empty(*x.shape[:2], h, dtype=torch.float32)
-            dz, moments = x.new_empty(z.shape), z.new_empty(2, *z.shape[:2])
+            tokens = x.shape[:2].numel()
+            z, dz = (each[:tokens].view(*x.shape[:2], h) for each in (zs, dzs))
+            moments = lines[: 2 * tokens].view(2, *x.shape[:2])
             tiles = x.shape[0] * triton.cdiv(x.shape[1], tile.tokens)
             arguments = {
                 **read,

@@ -84,6 +84,12 @@ def chunks(source: Tensor, h: int) -> list[slice]:
     return [slice(b, b + rows) for b in range(0, source.shape[0], rows)]
 
 
+def most_tokens(sources: list[Tensor], h: int) -> int:
+    """Of any chunk of any source.  Launches are all made before the first runs, so chunks that had buffers of their own
+    would hold them all at once; in one stream they can use the same ones after another."""
+    return max((source[rows].shape[:2].numel() for source in sources for rows in chunks(source, h)[:1]), default=0)
+
+
 @triton.jit
 def fold(norm_weight, norm_bias, w1, b1, folded, u, v, C: tl.constexpr, BLOCK_C: tl.constexpr):
     """One row of w1 (h, C).  u sums what `folded` holds after rounding, since that is what multiplies."""
