@@ -107,9 +107,8 @@ def fold(norm_weight, norm_bias, w1, b1, folded, u, v, C: tl.constexpr, BLOCK_C:
 @triton.jit
 def count_of(valid, sources, b, n):
     """How many leading tokens of batch row b count."""
-    if valid is None:
-        return n
-    return tl.minimum(tl.maximum(tl.load(valid + b * sources), 0), n).to(tl.int32)
+    # No early return: what follows one is compiled all the same, and there is nothing to load where all tokens count.
+    return n if valid is None else tl.minimum(tl.maximum(tl.load(valid + b * sources), 0), n).to(tl.int32)
 
 
 @triton.jit
