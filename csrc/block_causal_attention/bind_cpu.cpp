@@ -65,7 +65,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& q, const Tensor& k, con
   f.out = output(out), f.lse = output<float>(lse).data, f.lse_low = output<float>(lse_low).data;
   const int64_t tiles = MIRASOL_CALL(attention_tiles, s), splits = MIRASOL_CALL(attention_splits, s);
   const int64_t part = splits > 1 ? s.batch * s.q_heads * s.q_len * (s.value_dim + 2) : 0;
-  const std::unique_ptr<float[]> parts(new float[splits * part]);
+  const mirasol::Scratch parts(splits * part);
   f.parts = parts.get();
   run(MIRASOL_CALL(attention_forward_items, s), MIRASOL_CALL(attention_workspace, s), multiply_adds(s),
       [&](float* space, int64_t begin, int64_t end) { MIRASOL_CALL(attention_forward, f, space, begin, end); });
@@ -97,7 +97,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dout, const Tensor& dl
   if (s.dtype != Dtype::float32) share = new_empty(q, {s.batch, s.q_heads, s.q_len, s.dim}, single);
   g.dq_share = output<float>(share);
   const auto turns = std::make_unique<int32_t[]>(s.batch * s.q_heads * tiles(s.q_len));
-  const std::unique_ptr<float[]> delta(new float[s.batch * s.q_heads * s.q_len]);
+  const mirasol::Scratch delta(s.batch * s.q_heads * s.q_len);
   g.turns = turns.get(), g.delta = delta.get();
   run(MIRASOL_CALL(attention_tiles, s), 0, double(s.batch * s.q_heads * s.q_len * s.value_dim),
       [&](float*, int64_t begin, int64_t end) { MIRASOL_CALL(attention_backward_rows, g, begin, end); });

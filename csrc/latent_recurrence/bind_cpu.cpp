@@ -2,8 +2,8 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-#include <new>
 #include <tuple>
+#include "common/run.h"
 #include "latent_recurrence/arguments.h"
 
 using namespace torch::stable;
@@ -17,14 +17,6 @@ struct Wide : Checked<Tensor> {
   explicit Wide(const Arguments&... arguments) : Checked<Tensor>(arguments...) {
     expect(call.c % 16 == 0 && call.hidden % 16 == 0 && call.mlp % 16 == 0, "weights", "widths in multiples of 16");
   }
-};
-
-struct Workspace {
-  static constexpr std::align_val_t alignment{64};
-  float* floats;
-  explicit Workspace(int64_t n) : floats(static_cast<float*>(::operator new(n * sizeof(float), alignment))) {}
-  ~Workspace() { ::operator delete(floats, alignment); }
-  Workspace(const Workspace&) = delete;
 };
 
 void run(void*, int64_t items, void (*work)(void*, int64_t), void* argument) {
@@ -43,9 +35,9 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& start, const std::vecto
   const Tensor last = new_empty(start, start.sizes()), outputs = new_empty(start, {s.batch, s.steps, s.read, s.c});
   const Tensor kept = new_empty(start, {s.batch, keep ? s.steps : 0, s.memory, s.c});
   const auto floats = [](const Tensor& x) { return static_cast<float*>(x.data_ptr()); };
-  const Workspace space(MIRASOL_CALL(latent_recurrence_forward_workspace, s));
+  const mirasol::Scratch space(MIRASOL_CALL(latent_recurrence_forward_workspace, s));
   const Forward f{s, floats(last), floats(outputs), keep ? floats(kept) : nullptr};
-  MIRASOL_CALL(latent_recurrence_forward, f, TEAM, space.floats);
+  MIRASOL_CALL(latent_recurrence_forward, f, TEAM, space.get());
   return {last, outputs, kept};
 }
 
@@ -79,8 +71,8 @@ std::vector<Tensor> backward(const Tensor& dlast, const Tensor& doutputs, const 
   float** const to[] = {&g.dread_table, &g.dwrite_table, &g.doutput_table, &g.dprocess_table};
   for (size_t i = 0; i < TABLES; ++i)
     if (tables[i]) *to[i] = result(*tables[i]);
-  const Workspace space(MIRASOL_CALL(latent_recurrence_backward_workspace, s));
-  MIRASOL_CALL(latent_recurrence_backward, g, TEAM, space.floats);
+  const mirasol::Scratch space(MIRASOL_CALL(latent_recurrence_backward_workspace, s));
+  MIRASOL_CALL(latent_recurrence_backward, g, TEAM, space.get());
   return results;
 }
 

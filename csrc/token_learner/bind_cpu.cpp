@@ -66,7 +66,7 @@ struct Checked {
   Type type;
   std::vector<Source> sources;
   Call call{};
-  std::unique_ptr<float[]> prepared;
+  std::optional<mirasol::Scratch> prepared;
   double multiply_adds;  // of forward
 
   explicit Checked(const Arguments& a) {
@@ -98,8 +98,8 @@ struct Checked {
     call.erf = a.erf, call.eps = float(a.eps), call.divide = a.divide;
     call.dtype = type == Type::Float ? Dtype::float32 : type == Type::Half ? Dtype::float16 : Dtype::bfloat16;
     call.products = products_that_pay(call);
-    prepared.reset(new float[MIRASOL_CALL(token_learner_prepared, call)]);
-    call.prepared = prepared.get();
+    prepared.emplace(MIRASOL_CALL(token_learner_prepared, call));
+    call.prepared = prepared->get();
     multiply_adds = tokens * (double(c) * (h + k) + double(h) * k);
     run(MIRASOL_CALL(token_learner_prepare_items, call), 0, double(c) * h,
         [&](float*, int64_t begin, int64_t end) { MIRASOL_CALL(token_learner_prepare, call, begin, end); });
@@ -153,7 +153,9 @@ std::vector<Tensor> backward(const Tensor& dpooled, const Optional& dsum, const 
   for (const Optional& x : positions) dtables.push_back(x ? result(*x) : nullptr);
   const Tensor* const weights[] = {&norm_weight, &norm_bias, &w1, &b1, &w2, &b2};
   for (int i = 0; i < 6; ++i) g.dweights[i] = result(*weights[i]);
-  const auto totals = std::make_unique<float[]>(MIRASOL_CALL(token_learner_totals, call));
+  const int64_t sums = MIRASOL_CALL(token_learner_totals, call);
+  const mirasol::Scratch totals(sums);
+  std::fill_n(totals.get(), sums, 0.f);
   int32_t turn = 0;
   g.dsources = dsources.data(), g.dtables = dtables.data(), g.totals = totals.get(), g.turn = &turn;
   run(MIRASOL_CALL(token_learner_backward_items, call), MIRASOL_CALL(token_learner_backward_workspace, call),
