@@ -10,8 +10,8 @@
 
 namespace mirasol {
 
-// Floats for the time of a call, 64-byte aligned, not initialised.  malloc gives pages of pieces of this size back to the
-// system, and each page of the next call would be a fault: so a thread keeps what it has had, up to KEPT bytes.
+// Floats for the time of a call, 64-byte aligned, not initialised.  malloc gives pages of pieces of this size back to
+// the system, and each page of the next call would be a fault: so a thread keeps what it has had, up to KEPT bytes.
 class Scratch {
  public:
   explicit Scratch(int64_t n) {
