@@ -66,7 +66,13 @@ def options(config: Config) -> dict[str, int]:
 
 
 def compiled(launch: Launch, capability: int) -> Any:
-    """The kernel of `launch` compiled for a GPU that need not be here (80 is compute capability 8.0).
+    """The kernel of `launch` compiled for a GPU that need not be here (80 is compute capability 8.0)."""
+    source, target, _, options = source_of(launch, capability)
+    return triton.compile(source, target=target, options=options.__dict__)
+
+
+def source_of(launch: Launch, capability: int) -> tuple[Any, Any, Any, Any]:
+    """What Triton compiles for `launch`, with the target, its backend and the options.
 
     Triton's own binder sorts the arguments into constants, aligned and other ones, as it does at a launch.
     """
@@ -81,8 +87,7 @@ def compiled(launch: Launch, capability: int) -> Any:
     options, signature, constants, attributes = kernel._pack_args(
         backend, launch.options, bound, specialization, launch.options
     )
-    source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=target, options=options.__dict__)
+    return ASTSource(kernel, signature, constants, attributes), target, backend, options
 
 
 def near(x: Tensor) -> Tensor:

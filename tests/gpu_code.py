@@ -27,6 +27,19 @@ def examined(launch: Any, capability: int, what: str, *, tensor_cores: bool) -> 
     return f"{registers}·{stack}·{shared:.0f}"
 
 
+def read(launch: Any, capability: int) -> None:
+    """The kernel through the front end alone, some 0.1 s: it raises what a launch would before anything is compiled."""
+    from triton._C.libtriton import ir
+
+    from mirasol_kernels._triton import source_of
+
+    source, target, backend, options = source_of(launch, capability)
+    context = ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    source.make_ir(target, options, backend.get_codegen_implementation(options), backend.get_module_map(), context)
+
+
 def cuobjdump(binary: bytes, option: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary)
