@@ -28,8 +28,8 @@ struct Shape {
 };
 
 inline Products products_that_pay(const Shape& s) {
-  if (isa() < Isa::avx512bf16 || s.dtype != Dtype::bfloat16 || s.dim % 2 || s.value_dim % 2) return Products::single;
-  return isa() == Isa::amx ? Products::amx : Products::pairs;
+  if (s.dtype != Dtype::bfloat16 || s.dim % 2 || s.value_dim % 2) return Products::single;
+  return isa() == Isa::amx ? Products::amx : pairs_pay() ? Products::pairs : Products::single;
 }
 
 struct Ranges {  // the keys that a query row sees

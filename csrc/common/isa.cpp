@@ -66,6 +66,20 @@ Isa isa() {
   return chosen;
 }
 
+bool pairs_pay() {
+  static const bool pays = [] {
+#if defined(__x86_64__)
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    constexpr unsigned float16 = 1u << 23;
+    const bool has_float16 = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & float16);
+    return isa() >= Isa::avx512bf16 && !(__builtin_cpu_is("intel") && has_float16);
+#else
+    return false;
+#endif
+  }();
+  return pays;
+}
+
 bool isa_granted() { return asked(isa()) == isa(); }
 
 const char* isa_name(Isa which) {

@@ -11,6 +11,10 @@ enum class Isa { base, avx2, avx512, avx512bf16, amx };
 Isa isa();  // found once; the environment variable MIRASOL_ISA=<name> lowers it, never raises it
 const char* isa_name(Isa which);
 
+// Whether bfloat16 in pairs (VDPBF16PS) is faster than floats here.  Intel's cores that have FP16 as well, all since
+// Sapphire Rapids, begin one every fourth time that they could a multiply-add of floats (NOTES): half the work.
+bool pairs_pay();
+
 // False where MIRASOL_ISA asks for what this CPU has not, so that a test of that instruction set can say "skipped".
 bool isa_granted();
 

@@ -36,11 +36,10 @@ struct Call {
   float* prepared;  // token_learner_prepared floats, shared by all threads
 };
 
-// On chips with AMX pairs are slower than floats.
 inline Products products_that_pay(const Call& call) {
-  const bool pairs = isa() >= Isa::avx512bf16 && call.dtype == Dtype::bfloat16 && call.c % 2 == 0;
-  if (isa() != Isa::amx || !pairs) return pairs ? Products::pairs : Products::single;
-  return call.c % 32 == 0 ? Products::amx : Products::single;
+  if (call.dtype != Dtype::bfloat16) return Products::single;
+  if (isa() == Isa::amx && call.c % 32 == 0) return Products::amx;
+  return pairs_pay() && call.c % 2 == 0 ? Products::pairs : Products::single;
 }
 
 struct Forward {
