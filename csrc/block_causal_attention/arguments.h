@@ -87,8 +87,8 @@ Shape shape_of(const Tensor& q, const Tensor& k, const Tensor& v, double scale) 
   expect_sizes("v", v, {q.size(0), k.size(1), k.size(2), -1});
   Shape shape{q.size(0), q.size(1), k.size(1), q.size(2), k.size(2), q.size(3), v.size(3), float(scale)};
   shape.dtype = dtype_of("q", q);
-  if (shape.dim > MAX_DIM || shape.value_dim > MAX_DIM)
-    refuse("q, v", "at most 256 in the last dimension",
+  if (shape.dim < 1 || shape.value_dim < 1 || shape.dim > MAX_DIM || shape.value_dim > MAX_DIM)
+    refuse("q, v", "1 to 256 in the last dimension",
            std::to_string(shape.dim) + " and " + std::to_string(shape.value_dim));
   const bool grouped = shape.kv_heads > 0 ? shape.q_heads % shape.kv_heads == 0 : shape.q_heads == 0;
   if (!grouped)

@@ -96,7 +96,7 @@ static void softmax_backward(int keys, int first, int count, bool masked, Mask m
     const auto weigh = [&](int key) {  // -> dS
       float *const p = b.p + key * TILE, *const ds = b.ds + key * TILE;
       Vec weight[] = {fma(load(p + lane), scale, -lse) - lse_low};
-      exp_of_weights<PAIRS>(weight);
+      exp_of<PAIRS>(weight);
       const Vec x = masked ? keep(mask(v, key), weight[0]) : weight[0];
       Vec dx = x * (load(ds + lane) - delta + dlse);
       if (masked) dx = keep(mask(v, key), dx);
@@ -186,7 +186,9 @@ static void backward_piece(const Backward& g, const Chunk& chunk, const Tile& t,
                            const Piece& piece) {
   const Shape& shape = g.shape;
   const int lanes = t.lanes();
-  const Span s = span(piece, lanes);
+  Span s = span(piece, lanes);
+  // The partner of an odd last lane is none: its score is 0 * k, NaN where k is infinite.
+  if (PAIRS && lanes % 2 && piece.row + piece.rows == lanes) s.masked = true;
   const T *k = at<const T>(g.k, t.batch, t.kv_head, piece.key), *v = at<const T>(g.v, t.batch, t.kv_head, piece.key);
   const int64_t key = piece.key - chunk.key;
   const Factor k_rows = rows_of<PAIRS>(k, g.k.row, piece.keys, shape.dim, b.k);

@@ -133,7 +133,7 @@ static void weights(const Placed& x, int v, float factor, const Scores& scores, 
     coming.some();
 #pragma GCC unroll 4
     for (int i = 0; i < N; ++i) p[i] = fma(load(s + (key + i) * WIDTH), scale, -base);
-    exp_of_weights<PAIRS>(p);
+    exp_of<PAIRS>(p);
 #pragma GCC unroll 4
     for (int i = 0; i < N; ++i) total += p[i] = masked ? keep(mask, p[i]) : p[i];
     if constexpr (PAIRS) {

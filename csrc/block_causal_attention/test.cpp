@@ -200,6 +200,24 @@ double check(const Problem& p) {
   return worst;
 }
 
+// A key of -infinity that others stand beside has no weight: nothing comes of it, whatever lies in lanes without rows.
+void check_infinite_key() {
+  for (const Way& way : ways_of_halves())
+    for (int64_t rows : {9, 10, 65}) {
+      Problem p{"infinite key", {1, 1, 1, rows, 5, 8, 8, 1}, {block_causal(int32_t(rows), 5, int32_t(rows), 5, 1)}};
+      p.name += way.name;
+      p.shape.dtype = way.dtype, p.shape.products = way.products;
+      const Tables t = tables_of(p.sees, int32_t(rows), 5);
+      Inputs in = inputs_of(p);
+      for (int64_t row = 0; row < rows; ++row) in.q(0, 0, row, 0) = 1;
+      in.k(0, 0, 2, 0) = -std::numeric_limits<float>::infinity();
+      Results r = on_cpu(p, t, in, 1);
+      bool none = true;
+      for (int64_t d = 0; d < 8; ++d) none &= r.dk(0, 0, 2, d) == 0 && r.dv(0, 0, 2, d) == 0;
+      expect(none, p, std::to_string(rows) + " rows: it has a gradient");
+    }
+}
+
 }  // namespace
 
 int main() {
@@ -210,6 +228,7 @@ int main() {
   double worst = 0;
   const vector<Problem> all = problems();
   for (const Problem& p : all) worst = std::max(worst, check(p));
+  check_infinite_key();
   std::printf("%s: %zu problems, largest error %.0f%% of its budget, %d failures\n",
               mirasol::isa_name(mirasol::isa()), all.size(), 100 * worst, failures);
   return failures != 0;

@@ -241,8 +241,8 @@ static inline void gather(int keys, const Span& s, const Scores& p, const Factor
 
 // e^x of weights on their way to a product.
 template <bool PAIRS, int N>
-static inline void exp_of_weights(Vec (&x)[N]) {
-  if constexpr (!PAIRS) exp(x);
+static inline void exp_of(Vec (&x)[N]) {
+  if constexpr (!PAIRS) exp_of_weights(x);
   else for (Vec& each : x) each = exp_for_bfloat16(each);
 }
 

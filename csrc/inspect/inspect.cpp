@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <map>
 #include <stdexcept>
 #include <string>
@@ -30,12 +31,18 @@ void expect(bool good, const char* what) {
   if (!good) throw std::invalid_argument(what);
 }
 
+void expect_dims(const Shape& s) {
+  expect(std::min(s.dim, s.value_dim) > 0 && std::max(s.dim, s.value_dim) <= MAX_DIM, 
+         "q, v: expected a head_dim of 1 to 256");
+}
+
 Shape shape_of(const Floats& q, const Floats& k, const Floats& v, float scale) {
   expect(q.ndim() == 4 && k.ndim() == 4 && v.ndim() == 4, "q, k, v: expected (batch, heads, tokens, head_dim)");
   const Shape s{q.shape(0), q.shape(1), k.shape(1), q.shape(2), k.shape(2), q.shape(3), v.shape(3), scale};
   expect(k.shape(0) == s.batch && k.shape(3) == s.dim, "k: expected batch and head_dim like q");
   expect(v.shape(0) == s.batch && v.shape(1) == s.kv_heads && v.shape(2) == s.k_len, "v: expected sizes like k");
   expect(s.kv_heads > 0 && s.q_heads % s.kv_heads == 0, "q: expected heads a multiple of those of k");
+  expect_dims(s);
   return s;
 }
 
@@ -73,6 +80,7 @@ std::tuple<Floats, Floats> forward(const Floats& q, const Floats& k, const Float
 std::map<std::string, int64_t> plan(int64_t batch, int64_t q_heads, int64_t kv_heads, int64_t q_len, int64_t k_len,
                                     int64_t dim, int64_t value_dim) {
   const Shape s{batch, q_heads, kv_heads, q_len, k_len, dim, value_dim, 1};
+  expect_dims(s);
   return {{"tile", TILE},
           {"tiles", MIRASOL_CALL(attention_tiles, s)},
           {"forward_items", MIRASOL_CALL(attention_forward_items, s)},
