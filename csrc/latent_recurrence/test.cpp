@@ -70,15 +70,18 @@ double problem(const Problem& s) {
   const Floats f = floats_of(a);
   const vector<Block> blocks = blocks_at<const float>(f, s);
   const Call call = call_of(s, f, blocks);
-  const vector<double> exact = Machine<double>{s, a}.run();
-  const vector<float> plain = Machine<float>{s, a}.run();
-  double unavoidable = 0;
-  for (size_t i = 0; i < exact.size(); ++i) unavoidable = std::max(unavoidable, std::abs(plain[i] - exact[i]));
   const Ran ran = forward(call, s, 1, true);
-  double worst = excess({ran.results.begin(), ran.results.end()}, exact, unavoidable, mirasol::Dtype::float32);
+  double worst = 0;
+  if (JUDGED) {
+    const vector<double> exact = Machine<double>{s, a}.run();
+    const vector<float> plain = Machine<float>{s, a}.run();
+    double unavoidable = 0;
+    for (size_t i = 0; i < exact.size(); ++i) unavoidable = std::max(unavoidable, std::abs(plain[i] - exact[i]));
+    worst = excess({ran.results.begin(), ran.results.end()}, exact, unavoidable, mirasol::Dtype::float32);
+  }
 
   std::normal_distribution<float> normal;
-  vector<float> cotangent(exact.size());
+  vector<float> cotangent(ran.results.size());
   for (float& v : cotangent) v = normal(generator);
   const Floats d = backward(call, s, 1, cotangent, ran.kept);
   for (int64_t threads : {2, 7}) {
@@ -87,7 +90,7 @@ double problem(const Problem& s) {
     if (backward(call, s, threads, cotangent, ran.kept) != d) return INFINITY;
   }
   for (size_t i = 0; i < a.size(); ++i) {
-    if (d[i].empty()) continue;
+    if (d[i].empty() || !JUDGED) continue;
     constexpr double h = 1e-5;
     Arrays up = a, down = a;
     double along = 0, terms = 0;

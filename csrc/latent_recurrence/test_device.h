@@ -136,20 +136,22 @@ inline void device_problem(const DeviceProblem& p, DeviceReport& report) {
   const Floats f = floats_of(a);
   const vector<Block> blocks = blocks_at<const float>(f, p.s);
   const Call call = call_of(p.s, f, blocks);
-  vector<double> exact_kept;
-  const vector<double> exact = Machine<double>{p.s, a}.run(&exact_kept);
-  double unavoidable = 0;
-  for (const int64_t turn : {int64_t(0), p.s.c / 3, 2 * p.s.c / 3}) {
-    const vector<float> plain = Machine<float>{p.s, a, turn}.run();
-    for (size_t i = 0; i < exact.size(); ++i) unavoidable = std::max(unavoidable, std::abs(plain[i] - exact[i]));
-  }
   const OnDevice got = on_host(p, call, true, "ascending");
-  const auto used = [&](const vector<float>& x, const vector<double>& right, const char* what) {
-    const double part = excess({x.begin(), x.end()}, right, unavoidable, Dtype::float32);
-    report.expect(part <= 1, p.name, std::string(what) + ": error is " + std::to_string(part) + " of its budget");
-    report.worst = std::max(report.worst, part);
-  };
-  used(got.results, exact, "results"), used(got.kept, exact_kept, "kept");
+  if (JUDGED) {
+    vector<double> exact_kept;
+    const vector<double> exact = Machine<double>{p.s, a}.run(&exact_kept);
+    double unavoidable = 0;
+    for (const int64_t turn : {int64_t(0), p.s.c / 3, 2 * p.s.c / 3}) {
+      const vector<float> plain = Machine<float>{p.s, a, turn}.run();
+      for (size_t i = 0; i < exact.size(); ++i) unavoidable = std::max(unavoidable, std::abs(plain[i] - exact[i]));
+    }
+    const auto used = [&](const vector<float>& x, const vector<double>& right, const char* what) {
+      const double part = excess({x.begin(), x.end()}, right, unavoidable, Dtype::float32);
+      report.expect(part <= 1, p.name, std::string(what) + ": error is " + std::to_string(part) + " of its budget");
+      report.worst = std::max(report.worst, part);
+    };
+    used(got.results, exact, "results"), used(got.kept, exact_kept, "kept");
+  }
   for (const char* const order : {"descending", "shuffled"}) {
     const OnDevice other = on_host(p, call, false, order);
     report.expect(got.results == other.results, p.name,

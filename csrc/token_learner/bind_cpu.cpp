@@ -26,6 +26,8 @@ void run(int64_t items, int64_t workspace, double multiply_adds, const Each& eac
   mirasol::share(start, threads, items, workspace, each);
 }
 
+constexpr double MOVED = 16;  // an element is read and written in the time of so many multiply-adds
+
 // mirasol_kernels/token_learner/api.py has said all this better to who calls through Python.
 void expect(bool fine, const char* name, const char* expected) {
   if (!fine) throw std::runtime_error(std::string("token_learner: ") + name + ": expected " + expected);
@@ -69,7 +71,7 @@ struct Checked {
   std::optional<mirasol::Scratch> prepared;
   double multiply_adds;  // of forward
 
-  explicit Checked(const Arguments& a) {
+  Checked(const Arguments& a, bool gradients) {
     expect(!a.sources.empty() && a.sources.size() == a.positions.size(), "sources, positions", "as many of both");
     const Tensor& first = a.sources[0];
     type = first.scalar_type();
@@ -97,11 +99,11 @@ struct Checked {
       call.valid = static_cast<const int64_t*>(memory("valid", *a.valid, Type::Long, {batch, call.count}));
     call.erf = a.erf, call.eps = float(a.eps), call.divide = a.divide;
     call.dtype = type == Type::Float ? Dtype::float32 : type == Type::Half ? Dtype::float16 : Dtype::bfloat16;
-    call.products = products_that_pay(call);
+    call.products = products_that_pay(call), call.gradients = gradients;
     prepared.emplace(MIRASOL_CALL(token_learner_prepared, call));
     call.prepared = prepared->get();
     multiply_adds = tokens * (double(c) * (h + k) + double(h) * k);
-    run(MIRASOL_CALL(token_learner_prepare_items, call), 0, double(c) * h,
+    run(MIRASOL_CALL(token_learner_prepare_items, call), 0, MOVED * double(c) * h,
         [&](float*, int64_t begin, int64_t end) { MIRASOL_CALL(token_learner_prepare, call, begin, end); });
   }
 };
@@ -110,7 +112,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const std::vector<Tensor>& sources, c
                                            const Tensor& norm_weight, const Tensor& norm_bias, const Tensor& w1,
                                            const Tensor& b1, const Tensor& w2, const Tensor& b2, const Optional& valid,
                                            bool erf, double eps, bool divide) {
-  const Checked checked({sources, positions, norm_weight, norm_bias, w1, b1, w2, b2, valid, erf, eps, divide});
+  const Checked checked({sources, positions, norm_weight, norm_bias, w1, b1, w2, b2, valid, erf, eps, divide}, false);
   const Call& call = checked.call;
   const Tensor& like = sources[0];
   const Tensor max = new_empty(like, {call.batch, call.k}, Type::Float), sum = empty_like(max);
@@ -129,7 +131,7 @@ std::vector<Tensor> backward(const Tensor& dpooled, const Optional& dsum, const 
                              const std::vector<Optional>& positions, const Tensor& norm_weight, const Tensor& norm_bias,
                              const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2,
                              const Optional& valid, bool erf, double eps, bool divide) {
-  const Checked checked({sources, positions, norm_weight, norm_bias, w1, b1, w2, b2, valid, erf, eps, divide});
+  const Checked checked({sources, positions, norm_weight, norm_bias, w1, b1, w2, b2, valid, erf, eps, divide}, true);
   const Call& call = checked.call;
   const int64_t batch = call.batch, k = call.k, c = call.c;
   expect(divide ? bool(pooled) : bool(dsum), "pooled, dsum", "pooled with `divide`, dsum without");
@@ -161,7 +163,9 @@ std::vector<Tensor> backward(const Tensor& dpooled, const Optional& dsum, const 
   run(MIRASOL_CALL(token_learner_backward_items, call), MIRASOL_CALL(token_learner_backward_workspace, call),
       3 * checked.multiply_adds,
       [&](float* space, int64_t begin, int64_t end) { MIRASOL_CALL(token_learner_backward, g, space, begin, end); });
-  run(MIRASOL_CALL(token_learner_backward_rest_items, call), 0, double(c) * call.h,
+  double moved = double(c) * call.h;  // weights' gradients, and tables'
+  for (size_t i = 0; i < sources.size(); ++i) moved += positions[i] ? double(batch) * sources[i].size(1) * c : 0;
+  run(MIRASOL_CALL(token_learner_backward_rest_items, call), 0, MOVED * moved,
       [&](float*, int64_t begin, int64_t end) { MIRASOL_CALL(token_learner_backward_rest, g, begin, end); });
   return results;
 }

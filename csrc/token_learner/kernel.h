@@ -34,6 +34,7 @@ struct Call {
   Dtype dtype;
   Products products;  // the large ones; pairs: of bfloat16 with even c only, in tile registers with whole ones of c
   float* prepared;  // token_learner_prepared floats, shared by all threads
+  bool gradients;   // backward is to come as well: it takes weights in more than one order
 };
 
 inline Products products_that_pay(const Call& call) {

@@ -112,7 +112,7 @@ static inline void for_tiles(const Call& call, const Sizes& size, int64_t batch,
 
 struct Prepared {
   float* w1_terms;  // (h / WIDTH, c, WIDTH): w1 norm_weight, for the sum over channels
-  float* w1_rows;   // (c / WIDTH, h, WIDTH): the same, for the sum over hidden units
+  float* w1_rows;   // (c / WIDTH, h, WIDTH): the same, for the sum over hidden units; of backward, as w2_rows is
   float* b1;        // (h) b1 + w1 norm_bias
   float* w1_mean;   // (h) of w1 norm_weight over channels
   float* w2_terms;  // (h, k), of floats always
@@ -183,7 +183,7 @@ static void prepare_w1(const Call& call, int64_t h) {
       if constexpr (PAIRS) x[i] = (Vec)(round_bfloat16(x[i]) & 0xffff0000u);  // level: of what products see
       level[i] += x[i];
     }
-    store_terms<PAIRS>(x, rows, p.w1_rows + c * terms<PAIRS>(call.h) + terms<PAIRS>(h) * WIDTH);
+    if (call.gradients) store_terms<PAIRS>(x, rows, p.w1_rows + c * terms<PAIRS>(call.h) + terms<PAIRS>(h) * WIDTH);
     transpose(x);
     store_terms<PAIRS>(x, n, p.w1_terms + h * terms<PAIRS>(call.c) + terms<PAIRS>(c) * WIDTH);
   }
@@ -196,14 +196,14 @@ static void prepare_w2(const Call& call) {
   const Prepared p = prepared(call, call.prepared);
   const Sizes size(call);
   const T *w2 = static_cast<const T*>(call.weights.w2), *b2 = static_cast<const T*>(call.weights.b2);
-  if (in_tiles(call)) zero(p.w2_rows, w2_rows_of(call) * size.h);
+  if (call.gradients && in_tiles(call)) zero(p.w2_rows, w2_rows_of(call) * size.h);
   for (int64_t k = 0; k < call.k; k += WIDTH) {
     for (int64_t h = 0; h < call.h; h += WIDTH) {
       const int n = least(WIDTH, call.h - h);
       const int rows = least(WIDTH, call.k - k);
       Vec x[WIDTH] = {};
       for (int i = 0; i < rows; ++i) x[i] = load_part(w2 + (k + i) * call.h + h, n);
-      store_terms<PAIRS>(x, rows, p.w2_rows + terms<PAIRS>(k) * size.h + h, size.h);
+      if (call.gradients) store_terms<PAIRS>(x, rows, p.w2_rows + terms<PAIRS>(k) * size.h + h, size.h);
       transpose(x);
       store_terms<false>(x, n, p.w2_terms + h * size.k + k, size.k);
     }
