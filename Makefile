@@ -1,6 +1,7 @@
 # make demo [CLIP=path]   the main job on the sample clip, or on yours
 # make test               everything CI checks
 # make gpu-check          GPU tests and benchmarks with the torch that is here, in under 9 minutes; nothing is installed
+# make compiled           compile Triton's kernels for every chip again, after a change to them
 # make clean              forget the environment and every build
 # make docs               the site, in build/site
 # All need Python >= 3.11; a C++ compiler makes them fast, and a CUDA toolkit adds the CUDA kernels.
@@ -47,6 +48,13 @@ endif
 # Two processes of one thread each: what the smallest machine in use has.
 pytest: $(installed) csrc
 	OMP_NUM_THREADS=1 $(python) -m pytest -n 2 --dist worksteal --durations 20
+
+# What Triton makes of every kernel for every chip, some 20 minutes of one core: tests compile only what is not there.
+.PHONY: compiled
+compiled: $(installed)
+	mkdir -p build && rm -f build/compiled.tsv
+	MIRASOL_RECORD_COMPILED=$(CURDIR)/build/compiled.tsv $(python) -m pytest -n 2 --dist worksteal tests/test_gpu_code.py -k compiled
+	LC_ALL=C sort -u build/compiled.tsv > tests/compiled.tsv
 
 .PHONY: docs
 docs: $(installed)

@@ -27,8 +27,6 @@ pytestmark = pytest.mark.skipif(ABSENT is not None, reason=f"triton: {ABSENT}")
 DIMS = (64, 80, 96, 128, 256)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 BITS = ("float32", "float16")
-# All of them are 384 compilations of about 2 s; who runs the tests at hand compiles a third.
-COMPILED = DTYPES if os.environ.get("MIRASOL_CI") else DTYPES[:1]
 INTERPRETED = [
     *[("interpreted", part) for part in ("budget and float32", "budget and float16", "tiles_of_the_table")],
     *[("interpreted", part) for part in ("decode or leak", "drawn")],
@@ -81,7 +79,7 @@ def test_compiled(kernel: str, capability: int, record_property: Any) -> None:
 
     used: dict[str, list[str]] = {}
     for dim in DIMS:
-        for dtype in COMPILED:
+        for dtype in DTYPES:
             for launch in launches(kernel, dim, dtype, Machine(capability, 100)):
                 what = f"{launch.kernel.__name__} for {capability}, D {dim}, {dtype}"
                 merges = launch.kernel.__name__ == "merge"
@@ -109,8 +107,7 @@ def test_every_configuration_resolves() -> None:
 
 
 # Shapes (c, k, h) of token_learner and for which chips they are compiled: what `token_learner.COMPILED` rests on.
-# Every chip gets both regimes, and float32; h 128 and 256 only some.  All of it is about five minutes of one core; who
-# runs the tests at hand compiles bfloat16 for 9.0, one.
+# Every chip gets both regimes, and float32; h 128 and 256 only some.
 LEARNED: dict[tuple[int, int, int], dict[torch.dtype, tuple[int, ...]]] = {
     (768, 32, 64): {
         torch.bfloat16: token_learner.COMPILED,
@@ -149,7 +146,7 @@ def learner_refuses(c: int, h: int, k: int, dtype: torch.dtype = torch.float32, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", token_learner.COMPILED if os.environ.get("MIRASOL_CI") else (90,))
+@pytest.mark.parametrize("capability", token_learner.COMPILED)
 def test_token_learner_compiled(capability: int, record_property: Any) -> None:
     """As test_compiled.  Its loops over tokens hold loops over channels: of the former only the inner part is looked at
     for spills."""
@@ -158,7 +155,7 @@ def test_token_learner_compiled(capability: int, record_property: Any) -> None:
     lines = []
     for (c, k, h), dtypes in LEARNED.items():
         for dtype, capabilities in dtypes.items():
-            if capability not in capabilities or dtype not in COMPILED:
+            if capability not in capabilities:
                 continue
             machine = Machine(capability, 100)
             done = learner_launches(c, k, h, dtype, machine)
@@ -219,8 +216,7 @@ def test_cuda_library_spills_nothing(record_property: Any) -> None:
 
 
 # (memory slots, tokens read, c) of latent_recurrence, for videos so few and so many that both linear tiles are used.
-# All of it is three minutes of one core; who runs the tests at hand compiles the first, a third.
-RECURRED = {(64, 8, 512): 4, (96, 32, 768): 64} if os.environ.get("MIRASOL_CI") else {(64, 8, 512): 4}
+RECURRED = {(64, 8, 512): 4, (96, 32, 768): 64}
 
 
 def recurrence_launches(slots: int, read: int, c: int, batch: int, machine: Any) -> list:

@@ -49,7 +49,7 @@ class Environment:
         """Output and errors of `python command`; ok: whether it must succeed, None if either will do."""
         clean = {k: v for k, v in os.environ.items() if not k.startswith("MIRASOL_") and k != "PYTHONPATH"}
         clean["PATH"] += f"{os.pathsep}{Path(sys.executable).parent}"  # cmake and ninja, where the system has none
-        clean["CMAKE_BUILD_TYPE"] = "Debug"
+        clean |= {"CMAKE_BUILD_TYPE": "Debug", "TORCH_CUDA_ARCH_LIST": "8.0"}  # one chip: how it builds is tried
         done = subprocess.run(
             [str(self.python), *map(str, command)],
             cwd=self.home,  # not the repository: what is installed must be what is found
