@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from mirasol_kernels._dispatch import Backend, Op, wanted_backend
@@ -55,6 +56,8 @@ def _not_fused(memory: Tensor, sources: tuple[Tensor, ...], p: TokenTuringParame
         return "float32 only"
     if torch._C._are_functorch_transforms_active():
         return "no torch.func"
+    if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:  # a tangent would be lost
+        return "no forward-mode differentiation"
     if not memory.numel() or not sources[0].shape[1]:
         return "at least one video, one slot of memory and one step"
     heads = {block.attention.heads for block in blocks}
