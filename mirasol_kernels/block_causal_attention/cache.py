@@ -8,9 +8,11 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from mirasol_kernels._autocast import autocast_dtype
+from mirasol_kernels._dispatch import explaining
 from mirasol_kernels._ranges import INT32_MAX
 from mirasol_kernels.block_causal_attention import reference
-from mirasol_kernels.block_causal_attention.api import DTYPES, LARGEST_HEAD, check_scale, shape
+from mirasol_kernels.block_causal_attention.api import DTYPES, LARGEST_HEAD, cast, check_scale, shape
 from mirasol_kernels.block_causal_attention.op import OP, unit_stride
 
 
@@ -22,6 +24,7 @@ class SnippetCache:
     default.  snippet_tokens: of every snippet.  window counts the current snippet.  All is allocated here, once, and
     written in place afterwards; positions stay on the device, one per batch row, so that no call waits for it and one
     CUDA graph of a step serves every step.  For inference: nothing that passes through the cache carries a gradient.
+    Under autocast q, k and v are cast to dtype.
 
     The sinks come first and stay; behind them is a ring.  It is exactly as long as the window, so the snippet that
     falls out of the window is the one overwritten, and what a row sees is always one range from the front:
@@ -79,11 +82,13 @@ class SnippetCache:
         """
         count = k.shape[2] // self.snippet_tokens if isinstance(k, Tensor) and k.ndim == 4 else 1
         count = min(max(count, 1), self.window)
+        k, v = (self._taken("append", name, x) for name, x in (("k", k), ("v", v)))
         for name, x, ring in (("k", k, self.k), ("v", v, self.v)):
-            self._check("append", name, x)
             expected = (ring.shape[0], ring.shape[1], count * self.snippet_tokens, ring.shape[3])
             if x.shape != expected:
                 raise ValueError(f"SnippetCache.append: {name}: expected {expected}, got {shape(x)}")
+        if explaining():
+            return
         if replace:
             self.position.sub_(count).clamp_(min=0)
         at = self.position[:, None] + torch.arange(count, dtype=torch.int32, device=self.position.device)  # (B, r)
@@ -111,7 +116,7 @@ class SnippetCache:
         Append the current snippet first: it is part of the window.  A row that has nothing yet gives 0.  scale,
         return_lse and backend as in `block_causal_attention`.
         """
-        self._check("attend", "q", q)
+        q = self._taken("attend", "q", q)
         batch, heads, _, dim = self.k.shape
         if q.ndim != 4 or q.shape[0] != batch or q.shape[1] < 1 or q.shape[1] % heads or q.shape[3] != dim:
             expected = f"(batch {batch}, a multiple of {heads} heads, tokens, head_dim {dim})"
@@ -165,10 +170,14 @@ class SnippetCache:
         vars(other).update({name: x.clone() if isinstance(x, Tensor) else x for name, x in vars(self).items()})
         return other
 
-    def _check(self, call: str, name: str, x: Tensor) -> None:
+    def _taken(self, call: str, name: str, x: Tensor) -> Tensor:
+        """x as it is stored, or asks: under autocast in the cache's dtype, as keys of one dtype are asked in it."""
         if not isinstance(x, Tensor):
             raise TypeError(f"SnippetCache.{call}: {name}: expected a tensor, got {type(x).__name__}")
+        if autocast_dtype(self.k.device.type) is not None:
+            x = cast(x, self.k.dtype)
         if x.dtype != self.k.dtype:
             raise TypeError(f"SnippetCache.{call}: {name}: expected {self.k.dtype}, got {x.dtype}")
         if x.device != self.k.device:
             raise ValueError(f"SnippetCache.{call}: {name}: expected device {self.k.device}, got {x.device}")
+        return x

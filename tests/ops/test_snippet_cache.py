@@ -14,7 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mirasol_kernels import SnippetCache, SnippetLayout, block_causal_attention
+from mirasol_kernels import SnippetCache, SnippetLayout, block_causal_attention, explain
 from tests.numerics import assert_close_fp64, assert_within_budget
 from tests.ops.attention import BACKENDS, ON_GPU, on_gpu, served
 
@@ -188,6 +188,26 @@ def test_inference_mode() -> None:
     for each in (cache, fork):
         each.reset()
         assert torch.equal(play(each, q, k, v), play(new(1, 2, 2, 0), q, k, v))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast(dtype: torch.dtype) -> None:
+    """Whatever float32 and bfloat16 a model has by then, it is stored and asked in the cache's dtype."""
+    q, k, v = stream(1, 5, 2, torch.float32)
+    v = v.bfloat16()
+    expected = play(new(1, 2, 2, 1, dtype), *(x.to(dtype) for x in (q, k, v)))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = play(new(1, 2, 2, 1, dtype), q, k, v)
+        with pytest.raises(TypeError, match=f"append: k: expected {dtype}, got torch.float64"):
+            new(1, 2, 2, 1, dtype).append(*stream(1, 1, 2)[1:])
+    assert out.dtype == dtype and torch.equal(out, expected)
+
+
+def test_explain_stores_nothing() -> None:
+    cache, (q, k, v) = new(1, 2, 2, 1), stream(1, 1, 2)
+    assert explain(cache.append, k, v) == {"reference": "runs"}
+    assert explain(cache.attend, q)["reference"] == "runs"
+    assert not cache.position.any() and not cache.k.any()
 
 
 def test_nothing_carries_a_gradient() -> None:
