@@ -267,6 +267,14 @@ def context_parallel_attention(
     """
     op = "context_parallel_attention"
     q_shards = shards if q_shards is None else q_shards
+    for name, given, kind in (
+        ("layout", layout, SnippetLayout),
+        ("ranks", ranks, Ranks),
+        ("shards", shards, ContextShards),
+        ("q_shards", q_shards, ContextShards),
+    ):
+        if not isinstance(given, kind):
+            raise TypeError(f"{op}: {name}: expected {kind.__name__}, got {type(given).__name__}")
     if method not in ("ring", "gather"):
         raise ValueError(f"{op}: method: expected 'ring' or 'gather', got {method!r}")
     q, k, v = checked(q, k, v)

@@ -197,6 +197,15 @@ def test_errors(alone: Ranks) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             call()
+    for name, wrong, kind in (
+        ("layout", None, "SnippetLayout"),
+        ("shards", layout, "ContextShards"),
+        ("q_shards", [4] * 3, "ContextShards"),
+    ):
+        with pytest.raises(TypeError, match=f"attention: {name}: expected {kind}, got {type(wrong).__name__}"):
+            attend(**{name: wrong})
+    with pytest.raises(TypeError, match="attention: ranks: expected Ranks, got NoneType"):
+        context_parallel_attention(q, q, q, layout, None, shards)
     with pytest.raises(TypeError, match="scale: expected a number"):
         attend(scale="1")
     with pytest.raises(TypeError, match="k: expected torch"):
