@@ -137,8 +137,22 @@ class SnippetCache:
         """Forget everything, or only batch rows `rows`: indices, or a bool mask (B,)."""
         if rows is None:
             self.position.zero_()
+            return
+        chosen, batch = torch.as_tensor(rows), len(self.position)
+        if chosen.dtype == torch.bool:
+            if chosen.shape != (batch,):
+                raise ValueError(f"SnippetCache.reset: rows: expected a mask ({batch},), got {shape(chosen)}")
+        elif not chosen.numel():  # none; as_tensor takes an empty list for floats
+            return
+        elif chosen.is_floating_point() or chosen.is_complex():
+            raise TypeError(f"SnippetCache.reset: rows: expected indices or a bool mask, got {chosen.dtype}")
         else:
-            self.position[torch.as_tensor(rows, device=self.position.device)] = 0
+            chosen = chosen.long()
+            if chosen.is_cpu and not torch.compiler.is_compiling():  # no look at what is on a GPU
+                wrong = chosen[(chosen < -batch) | (chosen >= batch)]
+                if len(wrong):
+                    raise ValueError(f"SnippetCache.reset: rows: expected 0 .. {batch - 1}, got {int(wrong[0])}")
+        self.position[chosen.to(self.position.device)] = 0
 
     def state_dict(self) -> dict[str, Tensor]:
         """A copy of everything that `load_state_dict` needs, of tensors only."""

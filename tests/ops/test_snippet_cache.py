@@ -102,10 +102,14 @@ def test_rows_at_different_positions() -> None:
     assert_close_fp64(late, expected)
 
 
-@pytest.mark.parametrize("rows", [[0, 2], torch.tensor([0, 2]), torch.tensor([True, False, True])])
+@pytest.mark.parametrize(
+    "rows", [[0, 2], [0, -1], [True, False, True], torch.tensor([0, 2]), torch.tensor([True, False, True])]
+)
 def test_reset_of_rows(rows: list[int] | Tensor) -> None:
     cache = new(3, 2, 2, 0)
     cache.append(*stream(3, 1, 2)[1:])
+    cache.reset([])
+    assert cache.position.tolist() == [1, 1, 1]
     cache.reset(rows)
     assert cache.position.tolist() == [0, 1, 0]
     cache.reset()
@@ -344,6 +348,13 @@ ERRORS: dict[str, tuple[Callable, type[Exception], str]] = {
     "k's device": (lambda: ready().append(K.to("meta"), V), ValueError, "append: k: expected device cpu, got meta"),
     "q": (lambda: ready().attend(K[:1]), ValueError, r"attend: q: expected \(batch 2, .* got \(1, 2, 3, 6\)"),
     "q's dtype": (lambda: ready().attend(K.double()), TypeError, "SnippetCache.attend: q: expected torch.float32"),
+    "rows": (lambda: ready().reset([0, 2]), ValueError, r"reset: rows: expected 0 \.\. 1, got 2"),
+    "mask of rows": (
+        lambda: ready().reset(torch.tensor([True])),
+        ValueError,
+        r"reset: rows: expected a mask \(2,\), got \(1,\)",
+    ),
+    "no rows": (lambda: ready().reset([0.5]), TypeError, "reset: rows: expected indices or a bool mask, got .*float32"),
     "scale": (lambda: ready().attend(K, scale="1"), TypeError, "attend: scale: expected a number or None, got str"),
     "no state": (lambda: ready().load_state_dict(without("v")), ValueError, r"expected \['geometry', .* got"),
     "other state": (
