@@ -17,8 +17,9 @@ from mirasol_kernels.block_causal_attention.op import OP, unit_stride
 
 
 class SnippetCache:
-    """The first `sink` and the last `window` snippets of a stream: attention over them equals attention offline under
-    `SnippetLayout.uniform(snippets, snippet_tokens, window=window, sink=sink)`, to rounding.
+    """The first `sink` and the last `window` snippets of a stream: where each snippet is appended and then attends,
+    that equals attention offline under `SnippetLayout.uniform(snippets, snippet_tokens, window=window, sink=sink)`, to
+    rounding.
 
     batch, heads, head_dim, value_dim: of the keys (B, H, N, D) and values (B, H, N, Dv); value_dim is head_dim by
     default.  snippet_tokens: of every snippet.  window counts the current snippet.  All is allocated here, once, and
@@ -76,7 +77,9 @@ class SnippetCache:
     def append(self, k: Tensor, v: Tensor, *, replace: bool = False) -> None:
         """Store the next r snippets of every batch row, r = 1 .. window.
 
-        k: (B, H, r * snippet_tokens, D), v: (B, H, r * snippet_tokens, Dv).
+        k: (B, H, r * snippet_tokens, D), v: (B, H, r * snippet_tokens, Dv).  Queries that attend then see them all and
+        the window of the last: those of an earlier one see its future, and less of its past.  That is how the chunks of
+        a video attend; for `uniform` append one at a time.
         replace: they take the place of the r newest ones, which is what every further denoising step of a video chunk
         does; a row that has fewer has none left but these.
         """
