@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from mirasol_kernels import _ranges
+from mirasol_kernels._autocast import without_autocast
 from mirasol_kernels._dispatch import explaining, use_backend, wanted_backend
 from mirasol_kernels.block_causal_attention import block_causal_attention
 from mirasol_kernels.block_causal_attention.api import check_scale, checked
@@ -266,6 +267,14 @@ def context_parallel_attention(
     """
     op = "context_parallel_attention"
     q_shards = shards if q_shards is None else q_shards
+    for name, given, kind in (
+        ("layout", layout, SnippetLayout),
+        ("ranks", ranks, Ranks),
+        ("shards", shards, ContextShards),
+        ("q_shards", q_shards, ContextShards),
+    ):
+        if not isinstance(given, kind):
+            raise TypeError(f"{op}: {name}: expected {kind.__name__}, got {type(given).__name__}")
     if method not in ("ring", "gather"):
         raise ValueError(f"{op}: method: expected 'ring' or 'gather', got {method!r}")
     q, k, v = checked(q, k, v)
@@ -328,14 +337,16 @@ class _Ring(torch.autograd.Function):
             _wait(waiting)  # the gradients that belong to these keys, as far as the ranks before this one go
             gradients = arriving
             if _seen(parts[owner]):
-                # Its wish as it was in forward: backward may run in another thread, or outside of the caller's `with`.
-                with torch.enable_grad(), use_backend(backend):
-                    inputs = [x.detach().requires_grad_() for x in (q, keys, values)]
-                    results = block_causal_attention(*inputs, parts[owner], scale=scale, return_lse=True)
-                more, more_lse = (x.detach() for x in results)
-                share = _share(more_lse, lse)  # (B, Hq, Nq, 1)
-                to_lse = share[..., 0] * ((dout.to(wide) * more.to(wide)).sum(3) - delta)
-                mine, *theirs = torch.autograd.grad(results, inputs, [(share * dout).to(q.dtype), to_lse])
+                # Its wish as it was in forward: backward may run in another thread, or outside of the caller's `with`,
+                # or within another one; and q, keys and values are already what autocast then made of them.
+                with without_autocast(q.device.type):
+                    with torch.enable_grad(), use_backend(backend):
+                        inputs = [x.detach().requires_grad_() for x in (q, keys, values)]
+                        results = block_causal_attention(*inputs, parts[owner], scale=scale, return_lse=True)
+                    more, more_lse = (x.detach() for x in results)
+                    share = _share(more_lse, lse)  # (B, Hq, Nq, 1)
+                    to_lse = share[..., 0] * ((dout.to(wide) * more.to(wide)).sum(3) - delta)
+                    mine, *theirs = torch.autograd.grad(results, inputs, [(share * dout).to(q.dtype), to_lse])
                 dq += mine
                 for total, more in zip(gradients, theirs, strict=True):
                     total += more

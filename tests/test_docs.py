@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import builtins
 import re
 import subprocess
 import sys
@@ -58,11 +60,18 @@ def test_code(page: Path, xformers: None) -> None:
 
 
 def test_code_that_needs_more_than_a_test_has() -> None:
-    """Published weights, many GPUs: such blocks are fenced as `py`; what they import of ours is there."""
+    """Published weights, many GPUs: such blocks are fenced as `py`; what they import of ours is there, and every name
+    that they read they have bound."""
     found = 0
     for page in (ROOT / "docs").glob("*.md"):
+        bound = set(dir(builtins))
         for block in re.findall(r"^```py\n(.*?)^```$", page.read_text(), re.M | re.S):
-            compile(block, f"<{page.stem}>", "exec")
+            nodes = list(ast.walk(ast.parse(block)))
+            bound |= {(node.asname or node.name).split(".")[0] for node in nodes if isinstance(node, ast.alias)}
+            bound |= {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+            bound |= {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
+            bound |= {node.arg for node in nodes if isinstance(node, ast.arg)}
+            assert {node.id for node in nodes if isinstance(node, ast.Name)} <= bound, page.name
             for line in re.findall(r"^from mirasol_.*$", block, re.M):
                 exec(line, {})
                 found += 1

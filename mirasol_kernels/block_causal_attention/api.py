@@ -7,6 +7,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from mirasol_kernels._autocast import autocast_dtype
 from mirasol_kernels._dispatch import unasked
 from mirasol_kernels.block_causal_attention import reference
 from mirasol_kernels.block_causal_attention.op import OP, fused, fused_eager
@@ -132,8 +133,9 @@ def checked(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if x.ndim != 4:
             raise ValueError(f"{op}: {name}: expected 4 dimensions (batch, heads, tokens, head_dim), got {shape(x)}")
     device = q.device
-    if torch.is_autocast_enabled(device.type):
-        q, k, v = (cast(x, torch.get_autocast_dtype(device.type)) for x in (q, k, v))
+    casts_to = autocast_dtype(device.type)
+    if casts_to is not None:
+        q, k, v = (cast(x, casts_to) for x in (q, k, v))
     dtype = q.dtype
     if dtype not in DTYPES:
         raise TypeError(f"{op}: q: expected float32, float16, bfloat16 or float64, got {dtype}")

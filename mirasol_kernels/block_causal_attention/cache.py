@@ -8,20 +8,24 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
+from mirasol_kernels._autocast import autocast_dtype
+from mirasol_kernels._dispatch import explaining
 from mirasol_kernels._ranges import INT32_MAX
 from mirasol_kernels.block_causal_attention import reference
-from mirasol_kernels.block_causal_attention.api import DTYPES, LARGEST_HEAD, check_scale, shape
+from mirasol_kernels.block_causal_attention.api import DTYPES, LARGEST_HEAD, cast, check_scale, shape
 from mirasol_kernels.block_causal_attention.op import OP, unit_stride
 
 
 class SnippetCache:
-    """The first `sink` and the last `window` snippets of a stream: attention over them equals attention offline under
-    `SnippetLayout.uniform(snippets, snippet_tokens, window=window, sink=sink)`, to rounding.
+    """The first `sink` and the last `window` snippets of a stream: where each snippet is appended and then attends,
+    that equals attention offline under `SnippetLayout.uniform(snippets, snippet_tokens, window=window, sink=sink)`, to
+    rounding.
 
     batch, heads, head_dim, value_dim: of the keys (B, H, N, D) and values (B, H, N, Dv); value_dim is head_dim by
     default.  snippet_tokens: of every snippet.  window counts the current snippet.  All is allocated here, once, and
     written in place afterwards; positions stay on the device, one per batch row, so that no call waits for it and one
     CUDA graph of a step serves every step.  For inference: nothing that passes through the cache carries a gradient.
+    Under autocast q, k and v are cast to dtype.
 
     The sinks come first and stay; behind them is a ring.  It is exactly as long as the window, so the snippet that
     falls out of the window is the one overwritten, and what a row sees is always one range from the front:
@@ -73,17 +77,21 @@ class SnippetCache:
     def append(self, k: Tensor, v: Tensor, *, replace: bool = False) -> None:
         """Store the next r snippets of every batch row, r = 1 .. window.
 
-        k: (B, H, r * snippet_tokens, D), v: (B, H, r * snippet_tokens, Dv).
+        k: (B, H, r * snippet_tokens, D), v: (B, H, r * snippet_tokens, Dv).  Queries that attend then see them all and
+        the window of the last: those of an earlier one see its future, and less of its past.  That is how the chunks of
+        a video attend; for `uniform` append one at a time.
         replace: they take the place of the r newest ones, which is what every further denoising step of a video chunk
         does; a row that has fewer has none left but these.
         """
         count = k.shape[2] // self.snippet_tokens if isinstance(k, Tensor) and k.ndim == 4 else 1
         count = min(max(count, 1), self.window)
+        k, v = (self._taken("append", name, x) for name, x in (("k", k), ("v", v)))
         for name, x, ring in (("k", k, self.k), ("v", v, self.v)):
-            self._check("append", name, x)
             expected = (ring.shape[0], ring.shape[1], count * self.snippet_tokens, ring.shape[3])
             if x.shape != expected:
                 raise ValueError(f"SnippetCache.append: {name}: expected {expected}, got {shape(x)}")
+        if explaining():
+            return
         if replace:
             self.position.sub_(count).clamp_(min=0)
         at = self.position[:, None] + torch.arange(count, dtype=torch.int32, device=self.position.device)  # (B, r)
@@ -111,7 +119,7 @@ class SnippetCache:
         Append the current snippet first: it is part of the window.  A row that has nothing yet gives 0.  scale,
         return_lse and backend as in `block_causal_attention`.
         """
-        self._check("attend", "q", q)
+        q = self._taken("attend", "q", q)
         batch, heads, _, dim = self.k.shape
         if q.ndim != 4 or q.shape[0] != batch or q.shape[1] < 1 or q.shape[1] % heads or q.shape[3] != dim:
             expected = f"(batch {batch}, a multiple of {heads} heads, tokens, head_dim {dim})"
@@ -132,8 +140,22 @@ class SnippetCache:
         """Forget everything, or only batch rows `rows`: indices, or a bool mask (B,)."""
         if rows is None:
             self.position.zero_()
+            return
+        chosen, batch = torch.as_tensor(rows), len(self.position)
+        if chosen.dtype == torch.bool:
+            if chosen.shape != (batch,):
+                raise ValueError(f"SnippetCache.reset: rows: expected a mask ({batch},), got {shape(chosen)}")
+        elif not chosen.numel():  # none; as_tensor takes an empty list for floats
+            return
+        elif chosen.is_floating_point() or chosen.is_complex():
+            raise TypeError(f"SnippetCache.reset: rows: expected indices or a bool mask, got {chosen.dtype}")
         else:
-            self.position[torch.as_tensor(rows, device=self.position.device)] = 0
+            chosen = chosen.long()
+            if chosen.is_cpu and not torch.compiler.is_compiling():  # no look at what is on a GPU
+                wrong = chosen[(chosen < -batch) | (chosen >= batch)]
+                if len(wrong):
+                    raise ValueError(f"SnippetCache.reset: rows: expected 0 .. {batch - 1}, got {int(wrong[0])}")
+        self.position[chosen.to(self.position.device)] = 0
 
     def state_dict(self) -> dict[str, Tensor]:
         """A copy of everything that `load_state_dict` needs, of tensors only."""
@@ -165,10 +187,14 @@ class SnippetCache:
         vars(other).update({name: x.clone() if isinstance(x, Tensor) else x for name, x in vars(self).items()})
         return other
 
-    def _check(self, call: str, name: str, x: Tensor) -> None:
+    def _taken(self, call: str, name: str, x: Tensor) -> Tensor:
+        """x as it is stored, or asks: under autocast in the cache's dtype, as keys of one dtype are asked in it."""
         if not isinstance(x, Tensor):
             raise TypeError(f"SnippetCache.{call}: {name}: expected a tensor, got {type(x).__name__}")
+        if autocast_dtype(self.k.device.type) is not None:
+            x = cast(x, self.k.dtype)
         if x.dtype != self.k.dtype:
             raise TypeError(f"SnippetCache.{call}: {name}: expected {self.k.dtype}, got {x.dtype}")
         if x.device != self.k.device:
             raise ValueError(f"SnippetCache.{call}: {name}: expected device {self.k.device}, got {x.device}")
+        return x

@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from mirasol_kernels._autocast import without_autocast
 from mirasol_kernels.layout import visible
 
 # Scores that may exist at a time, in bytes: past it, rows are taken block by block and recomputed in backward.
 BUDGET = 256 << 20
 
 Span = Callable[[int, int], tuple[int, int]]
-
-
-def _wide(device: str) -> AbstractContextManager:
-    """Without autocast, where the device has it (meta tensors have not): the caller's casts are done."""
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -62,7 +57,7 @@ def block_causal_attention(
         a, b = span(i, j) if span else (0, keys)
         asking, read = torch.arange(i, j, device=q.device), torch.arange(a, b, device=q.device)
         seen = visible(q_offsets, k_ranges, asking, read)  # (B or 1, j-i, b-a)
-        with _wide(q.device.type):
+        with without_autocast(q.device.type):
             return _attend(q[:, :, i:j], k[:, :, a:b], v[:, :, a:b], seen, scale)
 
     if blocks == 1:

@@ -8,6 +8,7 @@ attention function of each layer (transformers, masking_utils.py and modeling_ut
 from __future__ import annotations
 
 import functools
+import itertools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -71,6 +72,7 @@ class LayoutMask(BlockMask):
     def __init__(self, layout: SnippetLayout, batch: int) -> None:  # not BlockMask's: there are no blocks
         self.layout = layout
         self.batch = batch
+        self.apart: tuple[Any, Any] | None = None  # what `check_packed` was given last
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -83,6 +85,29 @@ class LayoutMask(BlockMask):
     def to(self, device: torch.device | str, *_: Any, **__: Any) -> LayoutMask:
         self.layout.to(device)
         return self
+
+    @torch.compiler.disable  # it looks at their values, once for all layers that have this mask
+    def check_packed(self, q_starts: Any, k_starts: Any) -> None:
+        """ValueError where one of the sequences that are packed in a row sees keys of another.
+
+        q_starts, k_starts: (S + 1,) where each of S sequences begins, and where the last one ends.
+        """
+        if self.apart is not None and self.apart[0] is q_starts and self.apart[1] is k_starts:
+            return
+        starts = [torch.as_tensor(x).flatten().tolist() for x in (q_starts, k_starts)]
+        for name, places, tokens in zip("qk", starts, (self.layout.q_len, self.layout.k_len), strict=True):
+            if len(places) != len(starts[0]) or sorted(places) != places or not all(0 <= x <= tokens for x in places):
+                expected = f"{len(starts[0])} ascending places in one row of {tokens} tokens"
+                raise ValueError(f"{NAME}: cu_seq_lens_{name}: expected {expected}, got {places}")
+        for queries, keys in zip(*map(itertools.pairwise, starts), strict=True):
+            begin, end = self.layout.span(*queries)
+            if begin < end and not keys[0] <= begin <= end <= keys[1]:
+                raise ValueError(
+                    f"{NAME}: cu_seq_lens_q: expected a mask that keeps these sequences apart, got one under which"
+                    f" tokens {queries[0]} .. {queries[1] - 1} see keys {begin} .. {end - 1}: pass position_ids that"
+                    " begin anew and use_cache=False, and no attention_mask"
+                )
+        self.apart = q_starts, k_starts
 
     @torch.compiler.disable
     def __getitem__(self, index: Any) -> LayoutMask:
@@ -165,6 +190,7 @@ def attention(
 
     attention_mask: what `attention_mask_of` gave; or a dense (B or 1, 1, Nq or 1, Nk), bool or added to the scores
     (zeros and the lowest number alone); or None for all keys or, where is_causal (or else the module) says so, causal.
+    cu_seq_lens_q, cu_seq_lens_k: where packed sequences begin, of a row; a mask must keep them apart.
     s_aux: (Hq,), a logit per head that takes its part of the softmax and gives nothing (gpt-oss), differentiable too.
     Heads wider than `block_causal_attention` takes are left to "sdpa", under the same mask made dense, with a warning.
     Raises ValueError for what `block_causal_attention` does not do, before anything is computed.
@@ -175,7 +201,9 @@ def attention(
     if dropout:
         raise ValueError(f"{NAME}: dropout: expected 0, got {dropout}: set attention_dropout=0 in the config")
     if isinstance(attention_mask, LayoutMask):
-        layout = attention_mask.layout
+        layout, q_starts, k_starts = attention_mask.layout, kwargs.get("cu_seq_lens_q"), kwargs.get("cu_seq_lens_k")
+        if q_starts is not None and k_starts is not None:
+            attention_mask.check_packed(q_starts, k_starts)
     elif attention_mask is not None:
         layout = _of_dense(attention_mask, query.shape[0], query.shape[2])
     else:
@@ -184,10 +212,11 @@ def attention(
     if max(query.shape[3], value.shape[3]) > LARGEST_HEAD:  # Gemma 4's full attention: 512
         if s_aux is not None:
             raise ValueError(f"{NAME}: s_aux: expected heads up to {LARGEST_HEAD} beside it, got {query.shape[3]}")
-        warnings.warn(
-            f"{NAME}: heads of {query.shape[3]}, wider than {LARGEST_HEAD}, run on sdpa under a dense mask",
-            stacklevel=2,
-        )
+        if not torch.compiler.is_compiling():  # which it would break in two
+            warnings.warn(
+                f"{NAME}: heads of {query.shape[3]}, wider than {LARGEST_HEAD}, run on sdpa under a dense mask",
+                stacklevel=2,
+            )
         layout.validate(query.shape[2], key.shape[2], query.shape[0], op=NAME)
         dense = layout.dense_mask(query.device)[:, None]
         return sdpa_attention_forward(module, query, key, value, dense, scaling=scaling)

@@ -21,8 +21,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mirasol_kernels._autocast import autocast_dtype, without_autocast
 from mirasol_kernels._dispatch import explaining
 from mirasol_kernels.block_causal_attention import SnippetCache, block_causal_attention
+from mirasol_kernels.block_causal_attention.api import cast
 from mirasol_kernels.layout import SnippetLayout
 
 
@@ -112,7 +114,8 @@ class RollingCache:
     relative RoPE, which rotates stored keys anew at every step.
 
     num_frames: with local_attn_size -1, how many frames there can be; more is an error, never a roll.
-    What is stored carries no gradient; dtype and device are those of k and v.
+    What is stored carries no gradient; dtype and device are those of k and v.  Under autocast q, k and v are cast to
+    dtype, and that is the result's.
     """
 
     def __init__(
@@ -158,6 +161,9 @@ class RollingCache:
                 raise ValueError(
                     f"RollingCache: {name}: expected (batch, tokens, heads, head_dim), got {tuple(x.shape)}"
                 )
+        dtype, device = self.frames.k.dtype, self.frames.k.device.type
+        if autocast_dtype(device) is not None:  # norms give float32 beside the bfloat16 of linear layers
+            q, k, v = (cast(x, dtype) for x in (q, k, v))
         batch, tokens, heads, dim = k.shape
         if q.shape[:2] != k.shape[:2] or q.shape[3] != dim or q.shape[2] % max(1, heads):
             expected = f"(batch {batch}, tokens {tokens}, a multiple of {heads} heads, head_dim {dim}) like k"
@@ -188,7 +194,8 @@ class RollingCache:
             return self.frames.attend(q, backend=backend).transpose(1, 2)
         k, v = (torch.cat([old, new], 2) for old, new in zip(earlier, (k, v), strict=True))
         layout = SnippetLayout.cross([tokens], [k.shape[2]], [1])
-        return block_causal_attention(q, k, v, layout, backend=backend).transpose(1, 2)
+        with without_autocast(device):  # in the cache's dtype, with gradients and without
+            return block_causal_attention(q, k, v, layout, backend=backend).transpose(1, 2)
 
     def _before(self, start: int, tokens: int) -> list[Tensor]:
         """Copies of the keys and values of earlier frames that a chunk of `tokens` at `start` sees, (B, H, m, D)."""

@@ -21,6 +21,7 @@ def frame_causal_attention(
     tokens_per_frame: int,
     frames: int,
     *,
+    layout: SnippetLayout | None = None,
     scale: float | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -33,9 +34,13 @@ def frame_causal_attention(
 
     For planning, candidates are the batch: (candidates, H, N, D) under `torch.no_grad()`.
 
+    layout: `SnippetLayout.uniform(frames, tokens_per_frame)`, for `torch.compile(fullgraph=True)`, which makes none but
+    takes that of any number of frames.
+
     There is no dropout: their modules hand `proj_drop` to attention, in evaluation as well, and it must be 0.
 
     Raises ValueError or TypeError naming the argument, before anything is computed.
     """
-    layout = SnippetLayout.uniform(frames, tokens_per_frame)  # cached: the same numbers give the same object
+    if layout is None:
+        layout = SnippetLayout.uniform(frames, tokens_per_frame)  # cached: the same numbers give the same object
     return block_causal_attention(q, k, v, layout, scale=scale, backend=backend)

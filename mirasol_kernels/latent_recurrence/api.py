@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from mirasol_kernels._autocast import autocast_dtype
 from mirasol_kernels._dispatch import only_reference
 from mirasol_kernels.latent_recurrence import hoisted
 from mirasol_kernels.latent_recurrence.op import OP
@@ -120,7 +121,7 @@ def _check(memory: Tensor, sources: tuple[Tensor, ...], parameters: TokenTuringP
             raise TypeError(f"{op}: {name}: expected a tensor, got {type(x).__name__}")
         if not x.is_floating_point():
             raise TypeError(f"{op}: {name}: expected a floating dtype, got {x.dtype}")
-        if x.dtype != memory.dtype and not torch.is_autocast_enabled(memory.device.type):
+        if x.dtype != memory.dtype and autocast_dtype(memory.device.type) is None:
             raise TypeError(f"{op}: {name}: expected {memory.dtype} like memory, got {x.dtype}")
         if x.device != memory.device:
             raise ValueError(f"{op}: {name}: expected a tensor on {memory.device} like memory, got {x.device}")

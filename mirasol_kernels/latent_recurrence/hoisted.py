@@ -14,6 +14,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from mirasol_kernels._autocast import without_autocast
 from mirasol_kernels._dispatch import Backend, use_backend, wanted_backend
 from mirasol_kernels.block_causal_attention import block_causal_attention
 from mirasol_kernels.latent_recurrence.modules import AddErase, LearnedMlp, LearnedQueries, Linear, Mlp
@@ -140,7 +141,7 @@ def _attended(pool: LearnedQueries, x: Tensor, count: Tensor | None, backend: st
 def _dense_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """The same where a layout, made on the host outside compiled code, cannot say it: counts are on the device."""
     dtype = torch.promote_types(q.dtype, torch.float32)
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device.type):
         q, k, v = (x.to(dtype) for x in (q, k, v))
         scores = q @ k.mT * q.shape[-1] ** -0.5  # (B, H, k, n)
         if mask is not None:

@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
+from mirasol_kernels._autocast import autocast_dtype
 from mirasol_kernels._dispatch import Backend, Op, wanted_backend
 from mirasol_kernels.latent_recurrence.backward import backward
 from mirasol_kernels.latent_recurrence.modules import LearnedMlp, TransformerBlock, tensors_in
@@ -51,10 +53,12 @@ def _not_fused(memory: Tensor, sources: tuple[Tensor, ...], p: TokenTuringParame
     blocks = _blocks(p)
     if not blocks or len(blocks) < len(p.process.blocks):
         return "transformer as the processor only"
-    if memory.dtype != torch.float32 or torch.is_autocast_enabled(memory.device.type):
+    if memory.dtype != torch.float32 or autocast_dtype(memory.device.type) is not None:
         return "float32 only"
     if torch._C._are_functorch_transforms_active():
         return "no torch.func"
+    if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:  # a tangent would be lost
+        return "no forward-mode differentiation"
     if not memory.numel() or not sources[0].shape[1]:
         return "at least one video, one slot of memory and one step"
     heads = {block.attention.heads for block in blocks}

@@ -48,7 +48,7 @@ class Surroundings:
         if before and torch.equal(before.random, self.random):
             self.random = before.random
         self.devices, self.device_random = get_device_states(*tensors)
-        self.device_type = next((x.device.type for x in tensors if x.device.type != "cpu"), "cpu")
+        self.device_type = next((x.device.type for x in tensors if x.device.type not in ("cpu", "meta")), "cpu")
         self.autocast = [
             (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), torch.is_autocast_cache_enabled())
             for kind in dict.fromkeys(("cpu", self.device_type))

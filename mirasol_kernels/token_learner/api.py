@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mirasol_kernels._autocast import autocast_dtype
 from mirasol_kernels.token_learner import reference
 from mirasol_kernels.token_learner.op import OP, fused
 from mirasol_kernels.token_learner.state import TokenLearnerState
@@ -125,7 +126,7 @@ def _tensor(op: str, name: str, x: Tensor, like: Tensor) -> None:
         raise TypeError(f"{op}: {name}: expected a tensor, got {type(x).__name__}")
     if not x.is_floating_point():
         raise TypeError(f"{op}: {name}: expected a floating dtype, got {x.dtype}")
-    if x.dtype != like.dtype and not torch.is_autocast_enabled(like.device.type):
+    if x.dtype != like.dtype and autocast_dtype(like.device.type) is None:
         raise TypeError(f"{op}: {name}: expected {like.dtype} like the first source, got {x.dtype}")
     if x.device != like.device:
         raise ValueError(f"{op}: {name}: expected a tensor on {like.device} like the first source, got {x.device}")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from mirasol_kernels._autocast import autocast_dtype
 from mirasol_kernels._dispatch import Backend, Op, wanted_backend
 from mirasol_kernels.token_learner.state import accumulation_dtype
 
@@ -106,8 +107,8 @@ def fused(backend: Backend, args: tuple, divide: bool) -> tuple[Tensor, ...]:
     sources, *weights, positions, valid, gelu, eps = args
     if torch.compiler.is_compiling():  # Dynamo takes no tensor twice
         sources = tuple(x.view_as(x) if any(x is y for y in sources[:i]) else x for i, x in enumerate(sources))
-    if torch.is_autocast_enabled(sources[0].device.type):
-        dtype = torch.get_autocast_dtype(sources[0].device.type)
+    dtype = autocast_dtype(sources[0].device.type)
+    if dtype is not None:
         sources, weights = tuple(x.to(dtype) for x in sources), [x.to(dtype) for x in weights]
         positions = tuple(None if x is None else x.to(dtype) for x in positions)
     # What kernels take: elements of a token side by side, everything small contiguous, tables (n, c), counts int64.

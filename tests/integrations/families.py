@@ -15,6 +15,7 @@ from mirasol_kernels._check import peak
 from tests.numerics import assert_within_budget
 
 BATCH, TOKENS, IMAGE = 2, 14, 63  # IMAGE: the token that stands for a piece of an image
+PACKED = 5  # tokens of the first of two sequences packed in one
 TEXT: dict[str, Any] = {
     "vocab_size": 64,
     "hidden_size": 32,
@@ -229,14 +230,15 @@ FAMILIES = {
     "qwen2_vl": Family(qwen2_vl, packs=False),
     "hrm_text": Family(hrm_text, "token_type_ids"),
     "unlimited_ocr": Family(unlimited_ocr),
-    "gpt_oss": Family(gpt_oss, reference="eager"),  # sinks, which "sdpa" does not serve
+    # Sinks, which "sdpa" does not serve; and its masks are made without position_ids.
+    "gpt_oss": Family(gpt_oss, packs=False, reference="eager"),
 }
 
 
-def inputs_of(family: Family, padding: str) -> tuple[dict[str, Tensor], Tensor]:
+def inputs_of(family: Family, padding: str) -> tuple[dict[str, Any], Tensor]:
     """Arguments of the model, and which tokens (B, N) are real.  padding: none, left, right, or packed."""
     ids = torch.randint(1, 60, (BATCH, TOKENS))
-    inputs: dict[str, Tensor] = {"input_ids": ids}
+    inputs: dict[str, Any] = {"input_ids": ids}
     if family.types:
         pieces = torch.zeros(BATCH, TOKENS, dtype=torch.bool)
         starts = [4, 10][: family.images or 2]
@@ -257,7 +259,8 @@ def inputs_of(family: Family, padding: str) -> tuple[dict[str, Tensor], Tensor]:
         ids[~real & (ids != IMAGE)] = 0
         inputs["attention_mask"] = real.long()
     elif padding == "packed":
-        inputs["position_ids"] = torch.cat([torch.arange(5), torch.arange(TOKENS - 5)]).expand(BATCH, -1)
+        inputs["position_ids"] = torch.cat([torch.arange(PACKED), torch.arange(TOKENS - PACKED)]).expand(BATCH, -1)
+        inputs["use_cache"] = False  # with a cache, most models' default, transformers does not look for sequences
     return inputs, real
 
 
@@ -271,8 +274,8 @@ def model_of(family: Family) -> hf.PreTrainedModel:
     return model
 
 
-def cast(inputs: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    return {name: x.to(dtype) if x.is_floating_point() else x for name, x in inputs.items()}
+def cast(inputs: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    return {name: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for name, x in inputs.items()}
 
 
 def trained(model: hf.PreTrainedModel, name: str, dtype: torch.dtype, inputs: dict, real: Tensor) -> tuple[Tensor, ...]:

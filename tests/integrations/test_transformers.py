@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from mirasol_kernels.integrations import transformers as integration
 from tests.integrations.families import (
     FAMILIES,
+    PACKED,
     TOKENS,
     assert_same,
     assert_trained_alike,
@@ -38,6 +40,30 @@ def test_logits_and_gradients(name: str, padding: str, spied: list[Any]) -> None
     inputs, real = inputs_of(FAMILIES[name], padding)
     assert_trained_alike(model, FAMILIES[name].reference, inputs, real)
     assert len(spied) >= 4
+    if padding == "packed":  # else both might have taken them for one sequence
+        masks = [layout.dense_mask() for layout in spied if layout.q_len == TOKENS]
+        assert masks
+        assert not any(mask[:, PACKED:, :PACKED].any() or mask[:, :PACKED, PACKED:].any() for mask in masks)
+
+
+def test_sequences_packed_for_flash_attention() -> None:
+    """What it reads off the lengths that it is given, the mask must say: an error, or each sequence as if alone."""
+    model = model_of(FAMILIES["gemma3_text"]).double()
+    sequences = [torch.randint(1, 60, (n,)).tolist() for n in (5, 9, 3)]
+    flattened = hf.DataCollatorWithFlattening(return_flash_attn_kwargs=True)
+    batch = flattened([{"input_ids": ids} for ids in sequences])
+    del batch["labels"]
+    model.set_attn_implementation("sdpa")
+    with torch.no_grad():
+        alone = torch.cat([model(torch.tensor([ids])).logits for ids in sequences], 1)
+        model.set_attn_implementation("mirasol")
+        assert_same(model(**batch, use_cache=False).logits, alone, "logits")
+        for wrong in ({}, {"use_cache": False, "attention_mask": torch.ones(1, 17, dtype=torch.long)}):
+            with pytest.raises(ValueError, match=r"mirasol: cu_seq_lens_q: .* tokens 5 \.\. 13 see keys .*=False"):
+                model(**batch, **wrong)
+        one = flattened([{"input_ids": sequences[1]}])
+        del one["labels"]
+        assert_same(model(**one).logits, alone[:, 5:14], "logits of one")
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])

@@ -201,6 +201,19 @@ def test_a_dense_mask_for_a_model() -> None:
     assert_same(said[1], said[0], "logits")
 
 
+def test_wide_heads_compile() -> None:
+    """What they are left to is told of in a warning, and a warning breaks a graph."""
+    torch._dynamo.reset()
+    module, mask, q = torch.nn.Module(), integration.attention_mask_of(1, 4, 4), torch.randn(1, 2, 4, 300)
+
+    def attend(q: Tensor) -> Tensor:
+        return integration.attention(module, q, q, q, mask)[0]
+
+    with pytest.warns(UserWarning, match="mirasol: heads of 300, wider than 256"):
+        expected = attend(q)
+    assert torch.equal(torch.compile(attend, fullgraph=True, backend="eager")(q), expected)
+
+
 def test_sinks_in_bfloat16() -> None:
     """As gpt-oss computes them; a row that sees nothing, all of whose softmax is the sink's, is zero."""
     module, mask = torch.nn.Module(), torch.ones(4, 6, dtype=torch.bool).tril(1)
@@ -227,6 +240,12 @@ def test_sinks_in_bfloat16() -> None:
         assert_within_budget(got, reference, want, what=what)
 
 
+def packed(q_starts: list[int], k_starts: list[int] | None = None) -> dict[str, Any]:
+    """Sequences in one row under a mask that is causal over all of it."""
+    lengths = {"cu_seq_lens_q": torch.tensor(q_starts), "cu_seq_lens_k": torch.tensor(k_starts or q_starts)}
+    return {"mask": integration.attention_mask_of(2, 4, 4), **lengths}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -238,6 +257,9 @@ def test_sinks_in_bfloat16() -> None:
         ({"mask": None, "k_len": 6}, "attention_mask: expected a mask for 4 queries and 6 keys, got None"),
         ({"mask": None, "sliding_window": 2}, "sliding_window: expected a mask of the mask interface"),
         ({"mask": None, "cu_seq_lens_q": torch.tensor([0, 4])}, "cu_seq_lens_q: expected a mask"),
+        (packed([0, 1, 4]), r"cu_seq_lens_q: expected a mask that keeps .* tokens 1 \.\. 3 see keys 0 \.\. 3: pass"),
+        (packed([0, 4, 8]), r"cu_seq_lens_q: expected 3 ascending places in one row of 4 tokens, got \[0, 4, 8\]"),
+        (packed([0, 4], [0, 1, 4]), r"cu_seq_lens_k: expected 2 ascending places .*, got \[0, 1, 4\]"),
     ],
 )
 def test_masks_refused(arguments: dict[str, Any], message: str) -> None:

@@ -277,6 +277,29 @@ def test_gradients_through_the_roll(video) -> None:
     assert not cache.frames.k.requires_grad
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("learns", [False, True])
+def test_streaming_under_autocast(dtype: torch.dtype, learns: bool) -> None:
+    """Norms give q and k in float32, linear layers v in bfloat16: all is stored, asked and answered in the cache's
+    dtype, with gradients and without."""
+    whole = tensors(24, torch.float32)
+    whole[2] = whole[2].bfloat16()
+
+    def streamed(cast: bool) -> list[Tensor]:
+        cache, results = RollingCache(2, 2, 8, frame_seqlen=2, local_attn_size=5, sink_size=1, dtype=dtype), []
+        for start in range(0, 24, 4):
+            leaves = [x[:, start : start + 4].clone().requires_grad_(learns) for x in whole]
+            out = cache.attend(*(x.to(dtype) if cast else x for x in leaves), start)
+            grads = torch.autograd.grad(out.float().sin().sum(), leaves) if learns else ()
+            assert out.dtype == dtype and [g.dtype for g in grads] == [x.dtype for x in leaves][: len(grads)]
+            results += [out.detach(), *grads]
+        return [*results, cache.frames.k, cache.frames.v]
+
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = streamed(cast=False)
+    assert all(map(torch.equal, ours, streamed(cast=True)))
+
+
 def test_text_per_chunk() -> None:
     """Every chunk attends to its own prompt, as a loop over chunks would; two of them share one."""
     sizes, lengths, prompts = [4, 6, 6, 2], [5, 3, 7], [0, 2, 2, 1]

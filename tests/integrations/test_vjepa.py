@@ -7,8 +7,10 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
+from mirasol_kernels import SnippetLayout
 from mirasol_kernels.integrations.vjepa import frame_causal_attention
 from tests.numerics import assert_close_fp64, assert_within_budget
 from tests.ops.attention import BACKENDS, served
@@ -158,6 +160,18 @@ def test_their_tokens_per_frame(backend: str) -> None:
             sdpa(*x, attn_mask=frame[:, None] >= frame) for x in ((q, k, v), (q.double(), k.double(), v.double()))
         )
         assert_within_budget(frame_causal_attention(q, k, v, tokens, 2, backend=backend), low, exact)
+
+
+def test_compiled() -> None:
+    """Without a graph break where the layout is made outside; other numbers of frames do not compile again."""
+    counter = CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+    compiled = torch.compile(frame_causal_attention, fullgraph=True, backend=counter)
+    for frames in (2, 3, 4, 5, 2):
+        q, k, v = torch.randn(3, 1, 2, frames * 6, 8)
+        out = compiled(q, k, v, 6, frames, layout=SnippetLayout.uniform(frames, 6))
+        assert torch.equal(out, frame_causal_attention(q, k, v, 6, frames))
+    assert counter.frame_count <= 2
 
 
 ERRORS = {

@@ -237,6 +237,15 @@ def test_return_lse_and_scale() -> None:
     assert not torch.equal(out, block_causal_attention(q, k, v, layout, scale=1))
 
 
+def test_meta_tensors() -> None:
+    """Shapes without numbers, of gradients too; torch raises where one asks it about autocast of theirs."""
+    q, k, v = (torch.empty(2, *size, device="meta", requires_grad=True) for size in ((4, 6, 8), (2, 6, 8), (2, 6, 3)))
+    out, lse = block_causal_attention(q, k, v, SIX, return_lse=True)
+    (out.sum() + lse.sum()).backward()
+    assert out.is_meta and out.shape == (2, 4, 6, 3) and lse.shape == (2, 4, 6)
+    assert all(x.grad.is_meta and x.grad.shape == x.shape for x in (q, k, v))
+
+
 def test_cuda_is_never_chosen_unverified(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU that no results file speaks for, its kernels run only for who asks for them by name."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))

@@ -132,6 +132,21 @@ def test_backward_runs_on_the_backend_of_forward(alone: Ranks, monkeypatch, forw
     assert chosen[0] is None or forward is None
 
 
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_backward_does_not_know_autocast(alone: Ranks, backend: str | None) -> None:
+    """What surrounds backward is nothing to it: its casts are those of forward."""
+    q = torch.randn(1, 2, 8, 8, requires_grad=True)
+    layout, shards, grads = SnippetLayout.uniform(2, 4), ContextShards([4, 4], [0, 0], 1), []
+    for forward in (False, True):
+        for backward in (False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=forward):
+                out = context_parallel_attention(q, q, q, layout, alone, shards, backend=backend)
+            with torch.autocast("cpu", torch.bfloat16, enabled=backward):
+                grads.append(torch.autograd.grad(out.float().sin().sum(), q)[0])
+    assert torch.equal(grads[0], grads[1]) and torch.equal(grads[2], grads[3])
+    assert not torch.equal(grads[0], grads[2])
+
+
 def test_explain_sends_nothing(alone: Ranks) -> None:
     """Of two ranks only one is here: what it would send, nobody would take."""
     alone.size = 2
@@ -182,6 +197,15 @@ def test_errors(alone: Ranks) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             call()
+    for name, wrong, kind in (
+        ("layout", None, "SnippetLayout"),
+        ("shards", layout, "ContextShards"),
+        ("q_shards", [4] * 3, "ContextShards"),
+    ):
+        with pytest.raises(TypeError, match=f"attention: {name}: expected {kind}, got {type(wrong).__name__}"):
+            attend(**{name: wrong})
+    with pytest.raises(TypeError, match="attention: ranks: expected Ranks, got NoneType"):
+        context_parallel_attention(q, q, q, layout, None, shards)
     with pytest.raises(TypeError, match="scale: expected a number"):
         attend(scale="1")
     with pytest.raises(TypeError, match="k: expected torch"):

@@ -57,6 +57,16 @@ def test_dropout_is_the_plain_loops(every: int | None) -> None:
     assert_close_fp64(weight, expected)
 
 
+def test_meta_tensors() -> None:
+    """They have neither random numbers nor autocast to be had again."""
+    x = torch.empty(4, 6, 5, device="meta", requires_grad=True)
+    end, y = latent_recurrence(
+        lambda state, x: (state + x.exp(), state), torch.empty(4, 5, device="meta"), x, checkpoint_every=2
+    )
+    (grad,) = torch.autograd.grad(end.sum(), x)
+    assert end.is_meta and y.shape == grad.shape == x.shape
+
+
 def test_autocast_equals_the_plain_loop() -> None:
     weight = torch.randn(8, 8, requires_grad=True)
     state, x = torch.zeros(2, 8), torch.randn(2, 5, 8, requires_grad=True)

@@ -14,7 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mirasol_kernels import SnippetCache, SnippetLayout, block_causal_attention
+from mirasol_kernels import SnippetCache, SnippetLayout, block_causal_attention, explain
 from tests.numerics import assert_close_fp64, assert_within_budget
 from tests.ops.attention import BACKENDS, ON_GPU, on_gpu, served
 
@@ -102,10 +102,14 @@ def test_rows_at_different_positions() -> None:
     assert_close_fp64(late, expected)
 
 
-@pytest.mark.parametrize("rows", [[0, 2], torch.tensor([0, 2]), torch.tensor([True, False, True])])
+@pytest.mark.parametrize(
+    "rows", [[0, 2], [0, -1], [True, False, True], torch.tensor([0, 2]), torch.tensor([True, False, True])]
+)
 def test_reset_of_rows(rows: list[int] | Tensor) -> None:
     cache = new(3, 2, 2, 0)
     cache.append(*stream(3, 1, 2)[1:])
+    cache.reset([])
+    assert cache.position.tolist() == [1, 1, 1]
     cache.reset(rows)
     assert cache.position.tolist() == [0, 1, 0]
     cache.reset()
@@ -188,6 +192,26 @@ def test_inference_mode() -> None:
     for each in (cache, fork):
         each.reset()
         assert torch.equal(play(each, q, k, v), play(new(1, 2, 2, 0), q, k, v))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast(dtype: torch.dtype) -> None:
+    """Whatever float32 and bfloat16 a model has by then, it is stored and asked in the cache's dtype."""
+    q, k, v = stream(1, 5, 2, torch.float32)
+    v = v.bfloat16()
+    expected = play(new(1, 2, 2, 1, dtype), *(x.to(dtype) for x in (q, k, v)))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = play(new(1, 2, 2, 1, dtype), q, k, v)
+        with pytest.raises(TypeError, match=f"append: k: expected {dtype}, got torch.float64"):
+            new(1, 2, 2, 1, dtype).append(*stream(1, 1, 2)[1:])
+    assert out.dtype == dtype and torch.equal(out, expected)
+
+
+def test_explain_stores_nothing() -> None:
+    cache, (q, k, v) = new(1, 2, 2, 1), stream(1, 1, 2)
+    assert explain(cache.append, k, v) == {"reference": "runs"}
+    assert explain(cache.attend, q)["reference"] == "runs"
+    assert not cache.position.any() and not cache.k.any()
 
 
 def test_nothing_carries_a_gradient() -> None:
@@ -324,6 +348,13 @@ ERRORS: dict[str, tuple[Callable, type[Exception], str]] = {
     "k's device": (lambda: ready().append(K.to("meta"), V), ValueError, "append: k: expected device cpu, got meta"),
     "q": (lambda: ready().attend(K[:1]), ValueError, r"attend: q: expected \(batch 2, .* got \(1, 2, 3, 6\)"),
     "q's dtype": (lambda: ready().attend(K.double()), TypeError, "SnippetCache.attend: q: expected torch.float32"),
+    "rows": (lambda: ready().reset([0, 2]), ValueError, r"reset: rows: expected 0 \.\. 1, got 2"),
+    "mask of rows": (
+        lambda: ready().reset(torch.tensor([True])),
+        ValueError,
+        r"reset: rows: expected a mask \(2,\), got \(1,\)",
+    ),
+    "no rows": (lambda: ready().reset([0.5]), TypeError, "reset: rows: expected indices or a bool mask, got .*float32"),
     "scale": (lambda: ready().attend(K, scale="1"), TypeError, "attend: scale: expected a number or None, got str"),
     "no state": (lambda: ready().load_state_dict(without("v")), ValueError, r"expected \['geometry', .* got"),
     "other state": (

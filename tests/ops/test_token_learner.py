@@ -394,6 +394,7 @@ ERRORS = [
         r"sources\[1\]: expected \(2, n, 4\), got \(3, 5, 4\)",
     ),
     ({"sources": torch.randn(2, 5, 4).double()}, TypeError, "norm_weight: expected torch.float64 like"),
+    ({"sources": torch.randn(2, 5, 4, device="meta").double()}, TypeError, "norm_weight: expected torch.float64 like"),
     ({"sources": torch.randn(2, 5, 4, device="meta")}, ValueError, "norm_weight: expected a tensor on meta"),
     ({"norm_weight": torch.randn(5)}, ValueError, r"norm_weight: expected \(4,\), got \(5,\)"),
     ({"norm_bias": torch.randn(1, 4)}, ValueError, r"norm_bias: expected \(4,\), got \(1, 4\)"),

@@ -342,6 +342,17 @@ def test_autocast(mode: str) -> None:
     assert x.grad is not None and x.grad.isfinite().all() and x.grad.any()
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_meta_tensors(mode: str) -> None:
+    """Shapes without numbers; torch raises where one asks it about autocast of theirs."""
+    p = machine(memory_mode=mode, tokens=4).to("meta")
+    memory, x = (torch.empty(2, *size, 8, dtype=torch.float64, device="meta") for size in ((3,), (3, 4)))
+    valid = torch.ones(2, 3, dtype=torch.int64, device="meta")
+    end, y = token_turing_recurrence(memory, x.requires_grad_(), p, valid=valid)
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    assert end.is_meta and end.shape == memory.shape and y.shape == (2, 3, 2, 8) and grad.shape == x.shape
+
+
 @pytest.mark.parametrize(("mode", "compiler"), [("TL", "aot_eager"), ("MHA", "eager")])
 def test_compiles_without_graph_breaks(mode: str, compiler: str) -> None:
     p, memory, x = machine(memory_mode=mode, processor="mlp"), draw(1, 3, 8), draw(1, 2, 3, 8)

@@ -7,13 +7,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mirasol_kernels import explain, use_backend
 from mirasol_kernels._check import evaluate, farthest
 from mirasol_kernels.latent_recurrence import TokenTuringParameters, reference, token_turing_recurrence
 from mirasol_kernels.latent_recurrence.cases import Problem, problem_case, shuffled
 from mirasol_kernels.latent_recurrence.op import OP
-from tests.numerics import assert_within_budget
+from tests.numerics import assert_close_fp64, assert_within_budget
 
 ABSENT = next(b.absent for b in OP.backends if b.name == "native")
 pytestmark = pytest.mark.skipif(ABSENT is not None, reason=f"native: {ABSENT}")
@@ -150,6 +152,25 @@ def test_who_refuses_says_why() -> None:
         assert refusal(p) == "float32 only"
     with use_backend("native"), pytest.raises(NotImplementedError, match="transformer as the processor only"):
         token_turing_recurrence(memory, x, machine(processor="mlp"))  # type: ignore
+
+
+def test_forward_mode() -> None:
+    """The fused steps carry no tangent, and without one their result would pass for a constant."""
+    p = machine()
+    memory, x = steps_of(2, 3, p)
+    exact, wide = p.to(torch.float64), x.double()
+    with forward_ad.dual_level(), sdpa_kernel(SDPBackend.MATH):  # torch has no tangent of its fused attention either
+        dual = forward_ad.make_dual(memory, torch.ones_like(memory))
+        for backend in (None, "native"):
+            with pytest.raises(NotImplementedError, match=r"'native' .*forward-mode differentiation"):
+                token_turing_recurrence(dual, x, p, backend=backend)
+        dual = forward_ad.make_dual(memory.double(), torch.ones_like(memory.double()))
+        ends = (
+            token_turing_recurrence(dual, wide, exact, backend="reference")[0],
+            reference.token_turing_recurrence(dual, (wide,), exact, None)[0],
+        )
+        ours, expected = (forward_ad.unpack_dual(end).tangent for end in ends)
+    assert_close_fp64(ours, expected)
 
 
 def test_second_derivatives_and_torch_func() -> None:
