@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
-from mirasol_kernels._autocast import autocast_dtype
+from mirasol_kernels._autocast import autocast_dtype, without_autocast
 from mirasol_kernels._dispatch import Backend, Op, wanted_backend
 from mirasol_kernels.latent_recurrence.backward import backward
 from mirasol_kernels.latent_recurrence.modules import LearnedMlp, TransformerBlock, tensors_in
@@ -156,7 +156,8 @@ def _triton_fwd(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _triton_bwd(dmemory: Tensor, doutputs: Tensor, kept: Tensor, memory: Tensor, *call: Any) -> list[Tensor]:
-    return backward(dmemory, doutputs, kept, *call)
+    with without_autocast(memory.device.type):  # written in PyTorch, and float32 as forward is
+        return backward(dmemory, doutputs, kept, *call)
 
 
 OP.backend("triton", "cuda", _triton, fwd=_triton_fwd, bwd=_triton_bwd)
