@@ -210,7 +210,7 @@ def test_it_learns_and_a_second_phase_begins_where_the_first_ended(tmp_path):
     }
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
 
-    start = {"start": str(folder / "model"), "tokenizer": str(folder / "model" / "tokenizer.json"), "preset": None}
+    start = {"start": str(folder / "model"), "preset": None}
     again = trainer(write_config(tmp_path / "second", phase="pretrain", model=start, data=data))
     saved = Mirasol.from_pretrained(folder / "model")
     assert all(torch.equal(a, b) for a, b in zip(again.model.parameters(), saved.parameters(), strict=True))
