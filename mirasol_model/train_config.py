@@ -106,7 +106,7 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     steps: int = 1000  # of the optimiser
     batch: int = 8  # clips in a forward pass, of each process
-    accumulation: int = 1  # forward passes in a step
+    accumulation: int = 1  # forward passes in a step; each counts as much, however many labels it has, as processes do
     shard: Literal["ddp", "fsdp"] = "ddp"  # of several processes, each has all parameters, or a share of them
     bfloat16: bool | None = None  # autocast; None is: where there is a GPU
     seed: int = 0
