@@ -135,8 +135,8 @@ class Attempt(NamedTuple):
 class Attempts(Dataset[Attempt]):
     """Examples, or the reason why there is none: workers raise nothing, what is to be done is decided by who trains.
 
-    replace: the next good example stands in for a bad one. Then batches keep their size, processes that train together
-    keep step, and what stands in depends on the index alone.
+    replace: a good example stands in for a bad one. Then batches keep their size, processes that train together keep
+    step, and what stands in depends on the index alone. It comes from anywhere: neighbours often ask of the same clip.
     """
 
     def __init__(self, examples: Dataset, replace: bool):
@@ -147,9 +147,9 @@ class Attempts(Dataset[Attempt]):
 
     def __getitem__(self, index: int) -> Attempt:
         skipped: list[str] = []
-        for other in range(min(MOST_BAD, self.length) if self.replace else 1):
+        for other in self.candidates(index):
             try:
-                return Attempt(self.examples[(index + other) % self.length], tuple(skipped))
+                return Attempt(self.examples[other], tuple(skipped))
             except (BadExample, MediaError, OSError) as error:
                 skipped.append(str(error))
         return Attempt(None, tuple(skipped))
@@ -172,6 +172,14 @@ class Order(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         shuffled: dict[int, np.ndarray] = {}
         position = self.start + self.rank * self.batch
+    def candidates(self, index: int) -> Iterator[int]:
+        """What is tried in turn, no example twice."""
+        yield index
+        if self.replace:
+            others = min(MOST_BAD, self.length) - 1
+            for step in np.random.default_rng(index).choice(self.length - 1, others, replace=False).tolist():
+                yield (index + 1 + step) % self.length
+
         while True:
             batch = []
             for place in range(position, position + self.batch):
