@@ -7,6 +7,7 @@ resumed sees what it would have seen. What cannot be used raises `BadExample`, M
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -82,12 +83,16 @@ class ClipFolder(Dataset[Example]):
             raise BadExample(f"{place}: expected JSON, got: {error}") from error
         if not isinstance(values, dict):
             raise BadExample(f"{place}: expected a mapping, got {type(values).__name__}")
-        fields = {"kind": "", **values}
+        fields = {**values, "kind": "" if values.get("kind") is None else values["kind"]}
         for name in ("clip", "prompt", "answer", "kind"):
             if not isinstance(fields.get(name), str):
                 raise BadExample(f"{place}: {name}: expected text, got {fields.get(name)!r}")
         if "\0" in fields["clip"]:  # the system would refuse it with an error that is none of a clip
             raise BadExample(f"{place}: clip: expected the name of a file, got {fields['clip']!r}")
+            try:  # JSON can write half a character, which neither a tokenizer nor the file system takes
+                os.fsencode(fields[name]) if name == "clip" else fields[name].encode()
+            except UnicodeEncodeError as error:
+                raise BadExample(f"{place}: {name}: expected whole characters, got {fields[name]!r}") from error
         if not fields["answer"].strip():
             raise BadExample(f"{place}: answer: expected some text, got none, for clip {fields['clip']}")
         clip = read_clip(self.file.parent / fields["clip"], **self.wanted)
@@ -151,7 +156,8 @@ class Attempts(Dataset[Attempt]):
             try:
                 return Attempt(self.examples[other], tuple(skipped))
             except (BadExample, MediaError, OSError) as error:
-                skipped.append(str(error))
+                # It will be printed, and names of files may hold bytes that are no text.
+                skipped.append(str(error).encode(errors="backslashreplace").decode())
         return Attempt(None, tuple(skipped))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -106,6 +107,10 @@ BAD = {
     "no answer": ({"answer": " "}, BadExample, r"prompts.jsonl:2: answer: expected some text, got none, for .*long"),
     "no text": ({"prompt": None}, BadExample, r"prompts.jsonl:2: prompt: expected text, got None"),
     "kind": ({"kind": 3}, BadExample, r"prompts.jsonl:2: kind: expected text, got 3"),
+    "half a character": ({"prompt": "\ud83d"}, BadExample, r"jsonl:2: prompt: expected whole .*, got '\\ud83d'"),
+    "half of an answer": ({"answer": "nice \ud83d"}, BadExample, r"prompts.jsonl:2: answer: expected whole characters"),
+    "half a name": ({"clip": "\ud83d.mp4"}, BadExample, r"prompts.jsonl:2: clip: expected whole characters"),
+    "half a kind": ({"kind": "\udc00"}, BadExample, r"prompts.jsonl:2: kind: expected whole characters"),
     "no clip": ({"clip": 1.5}, BadExample, r"prompts.jsonl:2: clip: expected text, got 1.5"),
     "no name": ({"clip": "a\0b"}, BadExample, r"prompts.jsonl:2: clip: expected the name of a file, got 'a\\x00b'"),
     "no JSON": ("{", BadExample, r"prompts.jsonl:2: expected JSON, got: "),
@@ -160,6 +165,17 @@ def test_a_damaged_clip_of_many_questions_gives_way(clips):
 def test_every_example_is_tried_where_there_are_few(length):
     attempts = Attempts([None] * length, replace=True)
     assert all(sorted(attempts.candidates(index)) == list(range(length)) for index in range(length))
+
+
+def test_reasons_can_be_printed(clips):
+    name = os.fsdecode(b"caf\xe9.mp4")
+    (clips / name).write_bytes(b"no video")
+    (reason,) = Attempts(folder_of(clips, {**GOOD, "clip": name}), replace=False)[0].skipped
+    assert "caf\\udce9.mp4: cannot be read as video" in reason and reason.encode()
+
+
+def test_a_kind_may_be_null(clips):
+    assert folder_of(clips, {**GOOD, "kind": None})[0].kind == ""
 
 
 @pytest.mark.parametrize(
