@@ -277,7 +277,8 @@ def stack_video(videos: Sequence[Tensor | None]) -> tuple[Tensor, list[int]]:
 def stack_audio(sounds: Sequence[Tensor | None], frames: Sequence[int]) -> tuple[Tensor | None, list[bool] | None]:
     """(samples,) each, over the time of so many frames -> (B, samples) over that of the longest, who has any.
 
-    Sound and frames grow at one rate in all rows, to a sample: else a row would not be cut where it is by itself.
+    Sound and frames grow at one rate in all rows, to a sample: else a row would not be cut where it is by itself. Where
+    the longest is silent, to one and a half: the length that its sound would have is rounded as well.
     """
     heard = [(sound, n) for sound, n in zip(sounds, frames, strict=True) if sound is not None]
     if not heard:
@@ -288,10 +289,11 @@ def stack_audio(sounds: Sequence[Tensor | None], frames: Sequence[int]) -> tuple
     for row, sound, n in zip(stacked, sounds, frames, strict=True):
         if sound is None:
             continue
-        if abs(len(sound) * max(frames) - n * samples) > max(frames):
+        if abs(len(sound) * max(frames) - n * samples) > rounded:
             raise ValueError(
                 f"collate: audio: expected {samples / max(frames):.1f} samples a frame in every example of the batch, "
                 f"got {len(sound) / n:.1f}"
             )
         row[: len(sound)] = sound[:samples]
     return stacked, [sound is not None for sound in sounds]
+    rounded = max(frames) * (1.0 if over == max(frames) else 1.5)  # half a sample for each that was rounded

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from dataclasses import replace
@@ -256,7 +257,18 @@ def test_sound_of_rates_that_do_not_divide():
     assert stack_audio([None, None], [1, 2]) == (None, None)
 
 
+@pytest.mark.parametrize("fps", [25, Fraction(30_000, 1001), Fraction(29.97)])
+def test_sound_of_any_clips_whose_longest_is_silent(fps):
+    sounds = {n: torch.ones(round(n * 16_000 / fps)) for n in range(1, 16)}
+    for one, other in itertools.combinations(sounds, 2):
+        stacked, heard = stack_audio([None, sounds[other], sounds[one]], [16, other, one])
+        assert heard == [False, True, True] and abs(stacked.shape[1] - 16 * 16_000 / fps) < 10
+        assert [int(row.sum()) for row in stacked] == [0, len(sounds[other]), len(sounds[one])]
+
+
 def test_examples_that_make_no_batch():
+    with pytest.raises(ValueError, match=r"collate: audio: expected 640.0 samples a frame in every .*, got 636.0"):
+        stack_audio([None, torch.ones(1280), torch.ones(636)], [3, 2, 1])
     with pytest.raises(ValueError, match=r"collate: audio: expected 640.0 samples a frame in every .*, got 320.0"):
         stack_audio([torch.ones(1280), torch.ones(320)], [2, 1])
     for other in (None, torch.zeros(3, 2, 8, 9), torch.zeros(3, 2, 8, 8, dtype=torch.uint8)):
