@@ -63,7 +63,7 @@ class ClipFolder(Dataset[Example]):
             expect(isinstance(value, int) and 1 <= value <= frames, f"data.{name}", f"1 .. {frames}", value)
         expect(isinstance(fps, int | float) and 0 < fps < float("inf"), "data.fps", "a positive number", fps)
         expect(self.file.is_file(), "data.prompts", "a JSONL file", str(prompts))
-        self.wanted: dict[str, Any] = {"frames": frames, "least": least, "fps": fps}
+        self.wanted: dict[str, Any] = {"frames": frames, "least": least, "fps": fps, "dtype": torch.uint8}
         self.wanted |= {"size": size, "sample_rate": sample_rate}
         numbered = enumerate(
             self.file.read_text("utf-8").split("\n"), start=1
@@ -96,8 +96,7 @@ class ClipFolder(Dataset[Example]):
         if not fields["answer"].strip():
             raise BadExample(f"{place}: answer: expected some text, got none, for clip {fields['clip']}")
         clip = read_clip(self.file.parent / fields["clip"], **self.wanted)
-        video = (clip.video * 255).round().to(torch.uint8)
-        return Example(video, clip.audio, fields["prompt"], fields["answer"], fields["kind"])
+        return Example(clip.video, clip.audio, fields["prompt"], fields["answer"], fields["kind"])
 
 
 def _only(kind: str, options: dict[str, Any], *known: str) -> None:

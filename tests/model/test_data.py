@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import Dataset
 
 pytest.importorskip("av", reason="PyAV writes and reads the clips")
@@ -177,6 +178,22 @@ def test_reasons_can_be_printed(clips):
 
 def test_a_kind_may_be_null(clips):
     assert folder_of(clips, {**GOOD, "kind": None})[0].kind == ""
+
+
+def test_frames_are_never_floats(clips):
+    """Of a clip a worker holds no more than what it sends, and what it was read from."""
+
+    class Largest(TorchDispatchMode):
+        bytes = 0
+
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            out = operation(*args, **(kwargs or {}))
+            self.bytes = max(self.bytes, out.nbytes if isinstance(out, torch.Tensor) else 0)
+            return out
+
+    with Largest() as largest:
+        video = folder_of(clips, GOOD)[0].video
+    assert largest.bytes == video.nbytes == 3 * 32 * 48 * 48
 
 
 @pytest.mark.parametrize(

@@ -347,11 +347,20 @@ def test_any_name(name, tmp_path):
         {"fps": 0},
         {"fps": float("nan")},
         {"fps": float("inf")},
+        {"dtype": torch.float16},
     ],
 )
 def test_arguments(wrong):
     with pytest.raises(ValueError, match=f"read_clip: {next(iter(wrong))}: expected"):
         read_clip(SAMPLE, **{"frames": 8, "size": 8, "sample_rate": RATE, **wrong})
+
+
+def test_bytes_are_what_floats_are_made_of():
+    bytes_, floats = (
+        read_clip(SAMPLE, frames=4, size=24, sample_rate=RATE, dtype=dtype) for dtype in (torch.uint8, torch.float32)
+    )
+    assert bytes_.video.dtype == torch.uint8 and bytes_.video.is_contiguous()
+    assert torch.equal(bytes_.video / 255, floats.video) and torch.equal(bytes_.audio, floats.audio)
 
 
 def test_without_pyav(monkeypatch):
