@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 pytest.importorskip("av", reason="PyAV writes and reads the clips")
 
-from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from mirasol_model import MirasolConfig
 from mirasol_model.data import (
@@ -333,6 +333,31 @@ def test_bytes_that_are_no_character():
         == ["\N{REPLACEMENT CHARACTER}" * 2]
     )
     assert list(text.words_of([3 + 65, 3 + 0xC3])) == ["A"]
+
+
+def test_words_after_bytes_that_are_no_character(tmp_path):
+    """What was said stays said, and nothing of what follows is lost, neither words nor the spaces between them."""
+    text = Text(TINY.text)
+    assert "".join(text.words_of([225, 184, 167, 2])) == "\u07b5\N{REPLACEMENT CHARACTER}\N{REPLACEMENT CHARACTER}<unk>"
+    assert text.words([225, 184, 167, 2]) == 3 * "\N{REPLACEMENT CHARACTER}" + "<unk>"
+    vocabulary = byte_tokenizer().get_vocab() | {"\u2581a": 259, "\u2581b": 260}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+    tokenizer.add_special_tokens(["<pad>", "</s>"])
+    steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(steps)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    text = Text(TINY.text, tmp_path / "tokenizer.json")
+    said = "".join(text.words_of([259, 225, 184, 167, 259, 260, 259, 225, 184, 260, 225]))
+    assert said == "a\u07b5\N{REPLACEMENT CHARACTER}\N{REPLACEMENT CHARACTER} a b a\u07b5 b\N{REPLACEMENT CHARACTER}"
+
+
+def test_special_tokens_are_no_words(tmp_path):
+    tokenizer = Tokenizer(models.WordLevel({"the": 0, "<unk>": 1, "ball": 2}, unk_token="<unk>"))
+    tokenizer.add_special_tokens(["<unk>", "<p>", "<e>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    text = Text(replace(TINY.text, pad=3, eos=4), tmp_path / "tokenizer.json")
+    for tokens in ([0, 1, 2], [1], [1, 0, 1, 1]):
+        assert "".join(text.words_of(tokens)) == text.words(tokens)
 
 
 def test_any_tokenizer(tmp_path):
