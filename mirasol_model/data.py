@@ -59,17 +59,19 @@ class ClipFolder(Dataset[Example]):
         sample_rate: int,
     ):
         self.file = Path(prompts)
-        for name, value in (("frames", frames), ("least", 1 if least is None else least)):
-            expect(isinstance(value, int) and 1 <= value <= frames, f"data.{name}", f"1 .. {frames}", value)
-        expect(isinstance(fps, int | float) and 0 < fps < float("inf"), "data.fps", "a positive number", fps)
-        expect(self.file.is_file(), "data.prompts", "a JSONL file", str(prompts))
+        _check(isinstance(frames, int) and frames >= 1, "frames", "an integer of at least 1", frames)
+        some = least is None or (isinstance(least, int) and 1 <= least <= frames)
+        _check(some, "least", f"None or 1 .. {frames}", least)
+        _check(isinstance(fps, int | float) and 0 < fps < float("inf"), "fps", "a positive number", fps)
+        _check(self.file.is_file(), "prompts", "a JSONL file", str(prompts))
         self.wanted: dict[str, Any] = {"frames": frames, "least": least, "fps": fps, "dtype": torch.uint8}
         self.wanted |= {"size": size, "sample_rate": sample_rate}
-        numbered = enumerate(
-            self.file.read_text("utf-8").split("\n"), start=1
-        )  # not at U+2028, which JSON leaves as it is
-        self.lines = [(number, line) for number, line in numbered if line.strip()]
-        expect(bool(self.lines), "data.prompts", "at least one line", str(prompts))
+        try:
+            lines = self.file.read_text("utf-8").split("\n")  # not at U+2028, which JSON leaves as it is
+        except UnicodeDecodeError as error:
+            raise ValueError(f"ClipFolder: prompts: expected UTF-8 in {prompts}, got: {error}") from error
+        self.lines = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+        _check(bool(self.lines), "prompts", "at least one line", str(prompts))
 
     def __len__(self) -> int:
         return len(self.lines)
@@ -87,26 +89,32 @@ class ClipFolder(Dataset[Example]):
         for name in ("clip", "prompt", "answer", "kind"):
             if not isinstance(fields.get(name), str):
                 raise BadExample(f"{place}: {name}: expected text, got {fields.get(name)!r}")
-        if "\0" in fields["clip"]:  # the system would refuse it with an error that is none of a clip
-            raise BadExample(f"{place}: clip: expected the name of a file, got {fields['clip']!r}")
             try:  # JSON can write half a character, which neither a tokenizer nor the file system takes
                 os.fsencode(fields[name]) if name == "clip" else fields[name].encode()
             except UnicodeEncodeError as error:
                 raise BadExample(f"{place}: {name}: expected whole characters, got {fields[name]!r}") from error
+        if "\0" in fields["clip"]:  # the system would refuse it with an error that is none of a clip
+            raise BadExample(f"{place}: clip: expected the name of a file, got {fields['clip']!r}")
         if not fields["answer"].strip():
             raise BadExample(f"{place}: answer: expected some text, got none, for clip {fields['clip']}")
         clip = read_clip(self.file.parent / fields["clip"], **self.wanted)
         return Example(clip.video, clip.audio, fields["prompt"], fields["answer"], fields["kind"])
 
 
+def _check(condition: bool, name: str, expected: str, got: object) -> None:
+    if not condition:
+        raise ValueError(f"ClipFolder: {name}: expected {expected}, got {got!r}")
+
+
 def _only(kind: str, options: dict[str, Any], *known: str) -> None:
     if unknown := sorted(set(options) - set(known)):
-        raise ValueError(f"config: data: expected only {', '.join(known)} for kind {kind!r}, got {', '.join(unknown)}")
+        raise ValueError(f"expected only {', '.join(known)} for kind {kind!r}, got {', '.join(unknown)}")
 
 
 def open_folder(options: dict[str, Any], model: MirasolConfig) -> ClipFolder:
     _only("folder", options, "prompts", "frames", "least", "fps")
-    expect(isinstance(options.get("prompts"), str), "data.prompts", "the name of a JSONL file", options.get("prompts"))
+    prompts = options.get("prompts")
+    _check(isinstance(prompts, str), "prompts", "the name of a JSONL file", prompts)
     return ClipFolder(**options, size=model.video.size, sample_rate=model.audio.sample_rate)
 
 
@@ -114,7 +122,8 @@ def open_needle(options: dict[str, Any], model: MirasolConfig) -> Dataset:
     from mirasol_model.needle import Needle  # which needs what is here
 
     _only("needle", options, "clips", "seed", "frames", "lures", "shift")
-    expect("clips" in options, "data.clips", "how many clips to make", None)
+    if "clips" not in options:
+        raise ValueError("Needle: clips: expected how many to make, got None")
     video = model.video
     return Needle(**options, snippet=video.frames, size=video.size, sample_rate=model.audio.sample_rate)
 
@@ -123,9 +132,13 @@ def open_needle(options: dict[str, Any], model: MirasolConfig) -> Dataset:
 SOURCES: dict[str, Callable[[dict[str, Any], MirasolConfig], Dataset]] = {"folder": open_folder, "needle": open_needle}
 
 
-def open_data(kind: str, options: dict[str, Any], model: MirasolConfig) -> Dataset:
+def open_data(kind: str, options: dict[str, Any], model: MirasolConfig, part: str = "train") -> Dataset:
+    """part: where the options stand, data.train or data.evaluate, for errors."""
     expect(kind in SOURCES, "data.kind", f"one of {', '.join(SOURCES)}", kind)
-    return SOURCES[kind](options, model)
+    try:
+        return SOURCES[kind](options, model)
+    except ValueError as error:
+        raise ValueError(f"config: data.{part}: {error}") from error
 
 
 # ---------------------------------------------------------------------------------------------- what cannot be used
@@ -159,6 +172,14 @@ class Attempts(Dataset[Attempt]):
                 skipped.append(str(error).encode(errors="backslashreplace").decode())
         return Attempt(None, tuple(skipped))
 
+    def candidates(self, index: int) -> Iterator[int]:
+        """What is tried in turn, no example twice."""
+        yield index
+        if self.replace:
+            others = min(MOST_BAD, self.length) - 1
+            for step in np.random.default_rng(index).choice(self.length - 1, others, replace=False).tolist():
+                yield (index + 1 + step) % self.length
+
 
 # ----------------------------------------------------------------------------------------------------------- batches
 
@@ -177,14 +198,6 @@ class Order(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         shuffled: dict[int, np.ndarray] = {}
         position = self.start + self.rank * self.batch
-    def candidates(self, index: int) -> Iterator[int]:
-        """What is tried in turn, no example twice."""
-        yield index
-        if self.replace:
-            others = min(MOST_BAD, self.length) - 1
-            for step in np.random.default_rng(index).choice(self.length - 1, others, replace=False).tolist():
-                yield (index + 1 + step) % self.length
-
         while True:
             batch = []
             for place in range(position, position + self.batch):
@@ -284,6 +297,7 @@ def stack_audio(sounds: Sequence[Tensor | None], frames: Sequence[int]) -> tuple
         return None, None
     longest, over = max(heard, key=lambda pair: pair[1])
     samples = round(len(longest) * max(frames) / over)
+    rounded = max(frames) * (1.0 if over == max(frames) else 1.5)  # half a sample for each that was rounded
     stacked = torch.zeros(len(sounds), samples, dtype=longest.dtype)
     for row, sound, n in zip(stacked, sounds, frames, strict=True):
         if sound is None:
@@ -295,4 +309,3 @@ def stack_audio(sounds: Sequence[Tensor | None], frames: Sequence[int]) -> tuple
             )
         row[: len(sound)] = sound[:samples]
     return stacked, [sound is not None for sound in sounds]
-    rounded = max(frames) * (1.0 if over == max(frames) else 1.5)  # half a sample for each that was rounded

@@ -97,7 +97,7 @@ class Trainer:
         self.examples = Attempts(open_data(data.kind, data.train, model_config), replace=True)
         self.questions: Dataset | None = None
         if data.evaluate is not None:
-            self.questions = Attempts(open_data(data.kind, data.evaluate, model_config), replace=False)
+            self.questions = Attempts(open_data(data.kind, data.evaluate, model_config, "evaluate"), replace=False)
         self.model = build_model(config).to(device).train()
         self.parallel = self.wrap(self.model)
         self.optimizer = build_optimizer(self.model, config.optimizer)

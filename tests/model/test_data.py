@@ -199,23 +199,26 @@ def test_frames_are_never_floats(clips):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "data.prompts: expected the name of a JSONL file, got None"),
-        ({"prompts": "nowhere.jsonl"}, "data.prompts: expected a JSONL file, got 'nowhere.jsonl'"),
-        ({"prompts": "x", "size": 3}, "data: expected only prompts, frames, least, fps for kind 'folder', got size"),
-        ({"prompts": "x", "frames": 0}, "data.frames: expected 1 .. 0, got 0"),
-        ({"prompts": "x", "least": 40}, "data.least: expected 1 .. 32, got 40"),
-        ({"prompts": "x", "fps": 0}, "data.fps: expected a positive number, got 0"),
+        ({}, "ClipFolder: prompts: expected the name of a JSONL file, got None"),
+        ({"prompts": "nowhere.jsonl"}, "ClipFolder: prompts: expected a JSONL file, got 'nowhere.jsonl'"),
+        ({"prompts": "x", "size": 3}, "expected only prompts, frames, least, fps for kind 'folder', got size"),
+        ({"prompts": "x", "frames": 0}, "ClipFolder: frames: expected an integer of at least 1, got 0"),
+        ({"prompts": "x", "frames": "32"}, "ClipFolder: frames: expected an integer of at least 1, got '32'"),
+        ({"prompts": "x", "least": 40}, r"ClipFolder: least: expected None or 1 .. 32, got 40"),
+        ({"prompts": "x", "fps": 0}, "ClipFolder: fps: expected a positive number, got 0"),
     ],
 )
-def test_options_of_a_folder(options, message):
-    with pytest.raises(ValueError, match=message):
-        open_data("folder", options, TINY)
+@pytest.mark.parametrize("part", ["train", "evaluate"])
+def test_options_of_a_folder(options, message, part):
+    with pytest.raises(ValueError, match=f"^config: data.{part}: {message}"):
+        open_data("folder", options, TINY, part)
 
 
 def test_sources(tmp_path):
-    (tmp_path / "none.jsonl").write_text("\n")
-    with pytest.raises(ValueError, match=r"data.prompts: expected at least one line"):
-        open_data("folder", {"prompts": str(tmp_path / "none.jsonl")}, TINY)
+    for content, message in ((b"\n", "at least one line"), (b"\n{\xe9}", "UTF-8 in .*none.jsonl, got: 'utf-8' codec")):
+        (tmp_path / "none.jsonl").write_bytes(content)
+        with pytest.raises(ValueError, match=f"config: data.train: ClipFolder: prompts: expected {message}"):
+            open_data("folder", {"prompts": str(tmp_path / "none.jsonl")}, TINY)
     with pytest.raises(ValueError, match=r"data.kind: expected one of folder.*, got 'tape'"):
         open_data("tape", {}, TINY)
 
@@ -224,8 +227,13 @@ def test_needle_is_made_for_the_model():
     example = open_data("needle", {"clips": 2, "seed": 3, "frames": 32}, TINY)[5]
     assert example.video.shape == (3, 32, TINY.video.size, TINY.video.size) and example.kind == "sound"
     assert example.audio.shape == (32 * TINY.audio.sample_rate // 25,)
-    with pytest.raises(ValueError, match=r"data.clips: expected how many clips to make, got None"):
-        open_data("needle", {}, TINY)
+    for options, message in (
+        ({}, "clips: expected how many to make, got None"),
+        ({"clips": "2"}, "clips: expected an integer of at least 1, got '2'"),
+        ({"clips": 2, "frames": "32"}, "frames: expected multiples of snippet 4, at least 32, got '32'"),
+    ):
+        with pytest.raises(ValueError, match=f"config: data.evaluate: Needle: {message}"):
+            open_data("needle", options, TINY, "evaluate")
     with pytest.raises(ValueError, match="expected only clips, seed, frames, lures, shift for kind 'needle', got size"):
         open_data("needle", {"clips": 2, "size": 9}, TINY)
 
