@@ -35,7 +35,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from mirasol_model import Mirasol, MirasolConfig, checkpoints
 from mirasol_model.data import Attempts, BadExample, Batch, Collate, Order, open_data
 from mirasol_model.parallel import gathered, shard
-from mirasol_model.run_log import RunLog, plot
+from mirasol_model.run_log import RunLog, plot, read_rows
 from mirasol_model.tokens import Text
 from mirasol_model.train_config import OptimizerConfig, TrainConfig, differences
 
@@ -278,12 +278,19 @@ class Trainer:
         checkpoints.load(self.checkpoints, self.model, self.optimizer, self.progress)
 
     def agree(self) -> None:
-        """The folder's run is of this configuration, which is written down the first time."""
+        """The folder's run is of this configuration, which is written down the first time. Every process calls it."""
         file, now = self.folder / "config.json", json.dumps(self.config.to_dict(), indent=2)
         if checkpoints.steps(self.checkpoints):
             if changed := differences(json.loads(file.read_text()), json.loads(now)):
                 raise ValueError(f"train: {self.folder} has a run of another configuration: {', '.join(changed)}")
-        elif checkpoints.first():
+            return
+        if (self.folder / "model").exists() or self.once_saved():
+            raise ValueError(
+                f"train: out: expected a new folder, or a run's with its checkpoints, got {self.folder}, whose run has "
+                "none left: to begin anew would erase its log and its model"
+            )
+        checkpoints.meet()  # all have looked before anything changes
+        if checkpoints.first():
             self.folder.mkdir(parents=True, exist_ok=True)
             file.write_text(now + "\n")
 
@@ -295,6 +302,11 @@ class Trainer:
             return
         with torch.device("meta"):
             model = Mirasol(self.model.config)
+    def once_saved(self) -> bool:
+        """Whether the log goes past the step of a first checkpoint. A run that was killed before it may begin anew."""
+        rows, file = read_rows(self.folder / "log.jsonl"), self.folder / "config.json"
+        return bool(rows) and not (file.exists() and rows[-1]["step"] <= json.loads(file.read_text())["save_every"])
+
         # What was gathered may be a view of more than itself, which safetensors refuses.
         model.load_state_dict({name: x.clone() for name, x in weights.items()}, assign=True)
         model.save_pretrained(self.folder / "model")

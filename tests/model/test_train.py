@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -93,6 +94,20 @@ def test_a_finished_run_has_nothing_to_do_and_another_configuration_is_refused(t
 
 def test_a_checkpoint_is_everything(tmp_path):
     """Also the moments of parameters that had no gradient yet, and what no later run may read: a half-written one."""
+def test_what_a_run_left_is_not_erased_where_its_checkpoints_are_gone(tmp_path):
+    """Neither a finished run's, nor that of one that had saved; one that had not may begin anew."""
+    rows, folder = run(tmp_path, steps=5), tmp_path / "run"
+    shutil.rmtree(folder / "checkpoints")
+    for gone in ("", "model"):
+        if gone:
+            shutil.rmtree(folder / gone)
+        with pytest.raises(ValueError, match=r"train: out: expected a new folder, .*, got .*, whose run has none left"):
+            run(tmp_path, steps=5, batch=1)
+        assert rows_of(tmp_path) == rows and json.loads((folder / "config.json").read_text())["batch"] == 2
+    (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:3]))
+    assert run(tmp_path, steps=5, save_every=1) == rows
+
+
     made = trainer(write_config(tmp_path))
     made.step(made.batches())
     made.save()
