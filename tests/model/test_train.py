@@ -18,6 +18,8 @@ import torch
 
 pytest.importorskip("tensorboard", reason="runs are logged to TensorBoard")
 
+from tokenizers import Tokenizer, models
+
 from mirasol_model import Mirasol, checkpoints, train
 from mirasol_model.data import BadExample
 from mirasol_model.train_config import OptimizerConfig, TrainConfig
@@ -92,8 +94,6 @@ def test_a_finished_run_has_nothing_to_do_and_another_configuration_is_refused(t
         run(tmp_path, steps=2, seed=1, optimizer={"rate": 0.5})
 
 
-def test_a_checkpoint_is_everything(tmp_path):
-    """Also the moments of parameters that had no gradient yet, and what no later run may read: a half-written one."""
 def test_what_a_run_left_is_not_erased_where_its_checkpoints_are_gone(tmp_path):
     """Neither a finished run's, nor that of one that had saved; one that had not may begin anew."""
     rows, folder = run(tmp_path, steps=5), tmp_path / "run"
@@ -108,6 +108,8 @@ def test_what_a_run_left_is_not_erased_where_its_checkpoints_are_gone(tmp_path):
     assert run(tmp_path, steps=5, save_every=1) == rows
 
 
+def test_a_checkpoint_is_everything(tmp_path):
+    """Also the moments of parameters that had no gradient yet, and what no later run may read: a half-written one."""
     made = trainer(write_config(tmp_path))
     made.step(made.batches())
     made.save()
@@ -247,6 +249,24 @@ def test_an_answer_must_be_right_to_its_end(tmp_path, monkeypatch):
     monkeypatch.setattr(made.model, "generate", generate)
     assert made.evaluate()["exact"]["all"] == pytest.approx(1 / 3)
     assert made.model.training
+
+
+def test_an_answer_that_says_nothing_is_never_right(tmp_path, monkeypatch, capsys):
+    """What the tokenizer has no words for is not asked; and who does not end has said nothing, not the right thing."""
+    known = {"<pad>": 0, "</s>": 1, "<unk>": 2, "red": 3, "green": 4}
+    tokenizer = Tokenizer(models.WordLevel(known, unk_token="<unk>"))
+    tokenizer.add_special_tokens(["<pad>", "</s>", "<unk>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    choice = {"preset": "tiny", "tokenizer": str(tmp_path / "tokenizer.json")}
+    made = trainer(write_config(tmp_path, model=choice, data={"evaluate": {"seed": 1, "length": 6}}))
+    monkeypatch.setattr(made.model, "generate", lambda video, *_, **__: torch.full((len(video), 2), 2))
+    assert made.evaluate() == {
+        "step": 0,
+        "exact": {"all": 0, "early": 0, "late": 0},
+        "of": {"all": 4, "early": 2, "late": 2},
+        "skipped": 2,
+    }
+    assert "answer: expected words that the tokenizer has, got 'blue'" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------- bad data
