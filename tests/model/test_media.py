@@ -257,7 +257,7 @@ def test_the_cover_of_a_song_is_no_video(tmp_path):
     with av.open(str(path), "w") as container:
         cover = container.add_stream("mjpeg", rate=1)
         cover.width, cover.height, cover.pix_fmt = 64, 64, "yuvj420p"
-        cover.disposition = av.stream.Disposition.attached_pic
+        cover.disposition = av.stream.Disposition.attached_pic.value
         audio = container.add_stream("aac", rate=48_000, layout="stereo")
         container.mux(cover.encode(av.VideoFrame.from_ndarray(pattern(1, 64, 64), "rgb24").reformat(format="yuvj420p")))
         container.mux(cover.encode(None))
