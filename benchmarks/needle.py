@@ -38,6 +38,7 @@ SHORT = 0.35  # the first part of training, on the shortest clips alone
 LEARNING_RATE, BETAS, WEIGHT_DECAY, WARMUP, CLIP = 1e-3, (0.9, 0.98), 0.01, 50, 1.0
 DECAY = 0.4  # the last part of the time, in which the learning rate falls to a twentieth
 TRAIN_SEED, TEST_SEED = 1, 2
+RUN = ("variant", "seed", "minutes")  # what tells a row of the report from others
 LURES = (0, 1, 2, 3)  # in training; fresh clips have all three
 REPORT_SECONDS = 5.0  # of training, between points of the curve
 
@@ -201,21 +202,22 @@ def run(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(report: dict[str, Any]) -> str:
-    """A line per variant and length of clip."""
+    """A line per run and length of clip."""
     heading = "  ".join(f"{kind:>6}" for kind in KINDS)
-    lines = [f"{'':<24} {'parameters':>10} {'s/step':>7} {'steps':>6} {'frames':>6}  {heading}"]
-    lines.append(f"{'chance':<58}" + "  ".join(f"{CHANCE[kind]:>6.1%}" for kind in KINDS))
+    lines = [f"{'':<24} {'seed':>4} {'min':>4} {'parameters':>10} {'s/step':>7} {'steps':>6} {'frames':>6}  {heading}"]
+    lines.append(f"{'chance':<69}" + "  ".join(f"{CHANCE[kind]:>6.1%}" for kind in KINDS))
     for row in report["rows"]:
-        head = f"{row['variant']:<24} {row['parameters']:>10,} {row['seconds_per_step']:>7.3f} {row['steps']:>6}"
+        head = f"{row['variant']:<24} {row['seed']:>4} {row['minutes']:>4g} {row['parameters']:>10,} "
+        head += f"{row['seconds_per_step']:>7.3f} {row['steps']:>6}"
         for frames, exact in row["exact"].items():
-            lines.append(f"{head:<50} {frames:>6}  " + "  ".join(f"{exact[kind]:>6.1%}" for kind in KINDS))
+            lines.append(f"{head:<60} {frames:>6}  " + "  ".join(f"{exact[kind]:>6.1%}" for kind in KINDS))
             head = ""
         for frames, why in row["refused"].items():
-            lines.append(f"{head:<50} {frames:>6}  {why}")
+            lines.append(f"{head:<60} {frames:>6}  {why}")
             head = ""
         for frames, exact in row.get("exact_shifted", {}).items():
             shares = "  ".join(f"{exact[kind]:>6.1%}" for kind in KINDS)
-            lines.append(f"{'  sound a snippet late':<50} {frames:>6}  {shares}")
+            lines.append(f"{'  sound a snippet late':<60} {frames:>6}  {shares}")
     return "\n".join(lines)
 
 
@@ -228,15 +230,37 @@ def show(file: Path) -> None:
     print(f"drew {file.with_suffix('.png')}")
 
 
+def length(text: str) -> int:
+    """Of clips that can be made."""
+    frames = positive(text)
+    try:
+        Needle(1, frames=frames)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return frames
+
+
+def minutes(text: str) -> float:
+    if not 0 < (value := float(text)) < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a positive number of minutes, got {text!r}")
+    return value
+
+
+def seed(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected an integer of at least 0, got {text!r}")
+    return int(text)
+
+
 def read(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.needle", description=__doc__.splitlines()[0])
     ours = [name for name in VARIANTS if not name.startswith("mirasol-pytorch")]
     parser.add_argument("--variants", choices=VARIANTS, nargs="+", default=ours)
-    parser.add_argument("--minutes", type=float, default=1.0, help="CPU time of each (default: 1)")
-    parser.add_argument("--frames", type=positive, nargs="+", default=[32, 64, 128], help="trained on (32 64 128)")
-    parser.add_argument("--test", type=positive, nargs="+", default=[32, 128, 512], help="tested on (32 128 512)")
+    parser.add_argument("--minutes", type=minutes, default=1.0, help="CPU time of each (default: 1)")
+    parser.add_argument("--frames", type=length, nargs="+", default=[32, 64, 128], help="trained on (32 64 128)")
+    parser.add_argument("--test", type=length, nargs="+", default=[32, 128, 512], help="tested on (32 128 512)")
     parser.add_argument("--clips", type=positive, default=256, help="fresh ones, with four questions each (256)")
-    parser.add_argument("--seed", type=int, default=0, help="of parameters, lengths and fresh clips (0)")
+    parser.add_argument("--seed", type=seed, default=0, help="of parameters, lengths and fresh clips (0)")
     parser.add_argument("--note", default="", help="kept with the results: what else the machine did")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for JSON and PNG (out)")
     parser.add_argument("--report", type=Path, help="only show this JSON")
@@ -257,7 +281,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in options.variants:
         print(f"{name}: {VARIANTS[name].what}", flush=True)
         row = run(name, options) | how
-        report["rows"] = [other for other in report["rows"] if other["variant"] != name] + [row]
+        report["rows"] = [other for other in report["rows"] if any(other[x] != row[x] for x in RUN)] + [row]
         file.write_text(json.dumps(report, indent=1) + "\n")
     show(file)
     return 0

@@ -278,13 +278,15 @@ def draw_needle(report: dict[str, Any], path: Path) -> None:
     from mirasol_model.needle import CHANCE
 
     rows = report["rows"]
-    colours = dict(zip([row["variant"] for row in rows], itertools.cycle(("#2f81f7", *PEER_COLOURS)), strict=False))
+    several = len({(row["seed"], row["minutes"]) for row in rows}) > 1  # then each says which it was
+    minutes = " or ".join(f"{m:g}" for m in sorted({row["minutes"] for row in rows}))
+    colours = list(itertools.islice(itertools.cycle(("#2f81f7", *PEER_COLOURS)), len(rows)))
     with plt.rc_context(PAGE):
         figure, grid = plt.subplots(1, len(CHANCE), figsize=(13, 4.2), sharey=True, layout="constrained")
         machine = rows[0]["machine"]
         figure.suptitle(
             f"Needle in a video: exact match on fresh clips, trained on {min(rows[0]['frames'])} to "
-            f"{max(rows[0]['frames'])} frames for {rows[0]['minutes']:g} min ({machine['cpu']}, 1 thread)",
+            f"{max(rows[0]['frames'])} frames for {minutes} min ({machine['cpu']}, 1 thread)",
             fontsize=11,
         )
         for (kind, chance), axes in zip(CHANCE.items(), grid, strict=True):
@@ -292,8 +294,8 @@ def draw_needle(report: dict[str, Any], path: Path) -> None:
                 aside = 2 ** ((i - (len(rows) - 1) / 2) / 12)  # so that equal ones do not hide each other
                 x = [int(frames) * aside for frames in row["exact"]]
                 y = [exact[kind] for exact in row["exact"].values()]
-                colour = colours[row["variant"]]
-                axes.plot(x, y, color=colour, linewidth=0.8, marker="o", markersize=5, label=row["variant"])
+                label = row["variant"] + (f", seed {row['seed']}, {row['minutes']:g} min" if several else "")
+                axes.plot(x, y, color=colours[i], linewidth=0.8, marker="o", markersize=5, label=label)
             axes.axhline(chance, color=INK, linestyle="--", linewidth=1)
             axes.set_xscale("log", base=2)
             axes.set_xticks(sorted({int(frames) for row in rows for frames in row["exact"]}))

@@ -3,7 +3,8 @@
 python examples/ask.py [CLIP] --ask "Which ball rings the lowest?" "How many are there?" [--model FOLDER] [--frames 32]
 
 --model is a folder as training leaves it in <out>/model: that of `save_pretrained`, and a tokenizer.json unless text is
-bytes. Without --model the weights are random, as none were ever published, and so is what is said.
+bytes. It is shown --fps frames a second, which should be what `fps` was in training. Without --model the weights are
+random, as none were ever published, and so is what is said.
 """
 
 import argparse
@@ -21,6 +22,7 @@ parser.add_argument("--ask", nargs="+", default=["What is heard?", "What is seen
 parser.add_argument("--model", type=Path)
 parser.add_argument("--preset", default="small", help="of the random model (default: small)")
 parser.add_argument("--frames", type=int, default=32)
+parser.add_argument("--fps", type=float, default=25.0, help="frames a second (default: 25)")
 parser.add_argument("--most", type=int, default=32, help="tokens in an answer (default: 32)")
 parser.add_argument("--temperature", type=float, default=0.0)
 options = parser.parse_args()
@@ -31,7 +33,8 @@ model = (
 config = model.config
 file = options.model / "tokenizer.json" if options.model else None
 text = Text(config.text, file if file and file.exists() else None)
-clip = read_clip(options.clip, frames=options.frames, size=config.video.size, sample_rate=config.audio.sample_rate)
+size, rate = config.video.size, config.audio.sample_rate
+clip = read_clip(options.clip, frames=options.frames, fps=options.fps, size=size, sample_rate=rate)
 with torch.no_grad():
     encoded = model.encode(clip.video[None], None if clip.audio is None else clip.audio[None])
 print(f"{options.clip.name}: {options.frames} frames are {encoded.latents[0, ..., 0].numel()} tokens")

@@ -62,14 +62,14 @@ def save(
     progress: tensors that are saved beside model and optimiser, the same on every process.
     All is written and synced under another name, which is then changed, and that is synced: a reader, and a run that is
     resumed after it was killed, sees either all of a checkpoint or nothing.
-    Raises ValueError if there is a checkpoint of that step.
+    Raises ValueError if there is a checkpoint of that step, or of a later one.
     """
     folder = Path(folder)
     whole, growing, leaving = path_of(folder, step), folder / "growing", folder / "leaving"
     if keep < 1:
         raise ValueError(f"save: keep: expected at least 1, got {keep}")
-    if whole.exists():
-        raise ValueError(f"save: step: expected one that {folder} has no checkpoint of, got {step}")
+    if (there := steps(folder)) and step <= there[-1]:  # which would count as the last, and this one be removed
+        raise ValueError(f"save: step: expected one after {there[-1]}, the last checkpoint in {folder}, got {step}")
     meet()
     if first():
         for rest in (growing, leaving):  # of a run that was killed

@@ -7,6 +7,7 @@ resumed sees what it would have seen. What cannot be used raises `BadExample`, M
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -58,17 +59,19 @@ class ClipFolder(Dataset[Example]):
         sample_rate: int,
     ):
         self.file = Path(prompts)
-        for name, value in (("frames", frames), ("least", 1 if least is None else least)):
-            expect(isinstance(value, int) and 1 <= value <= frames, f"data.{name}", f"1 .. {frames}", value)
-        expect(isinstance(fps, int | float) and 0 < fps < float("inf"), "data.fps", "a positive number", fps)
-        expect(self.file.is_file(), "data.prompts", "a JSONL file", str(prompts))
-        self.wanted: dict[str, Any] = {"frames": frames, "least": least, "fps": fps}
+        _check(isinstance(frames, int) and frames >= 1, "frames", "an integer of at least 1", frames)
+        some = least is None or (isinstance(least, int) and 1 <= least <= frames)
+        _check(some, "least", f"None or 1 .. {frames}", least)
+        _check(isinstance(fps, int | float) and 0 < fps < float("inf"), "fps", "a positive number", fps)
+        _check(self.file.is_file(), "prompts", "a JSONL file", str(prompts))
+        self.wanted: dict[str, Any] = {"frames": frames, "least": least, "fps": fps, "dtype": torch.uint8}
         self.wanted |= {"size": size, "sample_rate": sample_rate}
-        numbered = enumerate(
-            self.file.read_text("utf-8").split("\n"), start=1
-        )  # not at U+2028, which JSON leaves as it is
-        self.lines = [(number, line) for number, line in numbered if line.strip()]
-        expect(bool(self.lines), "data.prompts", "at least one line", str(prompts))
+        try:
+            lines = self.file.read_text("utf-8").split("\n")  # not at U+2028, which JSON leaves as it is
+        except UnicodeDecodeError as error:
+            raise ValueError(f"ClipFolder: prompts: expected UTF-8 in {prompts}, got: {error}") from error
+        self.lines = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+        _check(bool(self.lines), "prompts", "at least one line", str(prompts))
 
     def __len__(self) -> int:
         return len(self.lines)
@@ -82,27 +85,36 @@ class ClipFolder(Dataset[Example]):
             raise BadExample(f"{place}: expected JSON, got: {error}") from error
         if not isinstance(values, dict):
             raise BadExample(f"{place}: expected a mapping, got {type(values).__name__}")
-        fields = {"kind": "", **values}
+        fields = {**values, "kind": "" if values.get("kind") is None else values["kind"]}
         for name in ("clip", "prompt", "answer", "kind"):
             if not isinstance(fields.get(name), str):
                 raise BadExample(f"{place}: {name}: expected text, got {fields.get(name)!r}")
+            try:  # JSON can write half a character, which neither a tokenizer nor the file system takes
+                os.fsencode(fields[name]) if name == "clip" else fields[name].encode()
+            except UnicodeEncodeError as error:
+                raise BadExample(f"{place}: {name}: expected whole characters, got {fields[name]!r}") from error
         if "\0" in fields["clip"]:  # the system would refuse it with an error that is none of a clip
             raise BadExample(f"{place}: clip: expected the name of a file, got {fields['clip']!r}")
         if not fields["answer"].strip():
             raise BadExample(f"{place}: answer: expected some text, got none, for clip {fields['clip']}")
         clip = read_clip(self.file.parent / fields["clip"], **self.wanted)
-        video = (clip.video * 255).round().to(torch.uint8)
-        return Example(video, clip.audio, fields["prompt"], fields["answer"], fields["kind"])
+        return Example(clip.video, clip.audio, fields["prompt"], fields["answer"], fields["kind"])
+
+
+def _check(condition: bool, name: str, expected: str, got: object) -> None:
+    if not condition:
+        raise ValueError(f"ClipFolder: {name}: expected {expected}, got {got!r}")
 
 
 def _only(kind: str, options: dict[str, Any], *known: str) -> None:
     if unknown := sorted(set(options) - set(known)):
-        raise ValueError(f"config: data: expected only {', '.join(known)} for kind {kind!r}, got {', '.join(unknown)}")
+        raise ValueError(f"expected only {', '.join(known)} for kind {kind!r}, got {', '.join(unknown)}")
 
 
 def open_folder(options: dict[str, Any], model: MirasolConfig) -> ClipFolder:
     _only("folder", options, "prompts", "frames", "least", "fps")
-    expect(isinstance(options.get("prompts"), str), "data.prompts", "the name of a JSONL file", options.get("prompts"))
+    prompts = options.get("prompts")
+    _check(isinstance(prompts, str), "prompts", "the name of a JSONL file", prompts)
     return ClipFolder(**options, size=model.video.size, sample_rate=model.audio.sample_rate)
 
 
@@ -110,7 +122,8 @@ def open_needle(options: dict[str, Any], model: MirasolConfig) -> Dataset:
     from mirasol_model.needle import Needle  # which needs what is here
 
     _only("needle", options, "clips", "seed", "frames", "lures", "shift")
-    expect("clips" in options, "data.clips", "how many clips to make", None)
+    if "clips" not in options:
+        raise ValueError("Needle: clips: expected how many to make, got None")
     video = model.video
     return Needle(**options, snippet=video.frames, size=video.size, sample_rate=model.audio.sample_rate)
 
@@ -119,9 +132,13 @@ def open_needle(options: dict[str, Any], model: MirasolConfig) -> Dataset:
 SOURCES: dict[str, Callable[[dict[str, Any], MirasolConfig], Dataset]] = {"folder": open_folder, "needle": open_needle}
 
 
-def open_data(kind: str, options: dict[str, Any], model: MirasolConfig) -> Dataset:
+def open_data(kind: str, options: dict[str, Any], model: MirasolConfig, part: str = "train") -> Dataset:
+    """part: where the options stand, data.train or data.evaluate, for errors."""
     expect(kind in SOURCES, "data.kind", f"one of {', '.join(SOURCES)}", kind)
-    return SOURCES[kind](options, model)
+    try:
+        return SOURCES[kind](options, model)
+    except ValueError as error:
+        raise ValueError(f"config: data.{part}: {error}") from error
 
 
 # ---------------------------------------------------------------------------------------------- what cannot be used
@@ -135,8 +152,8 @@ class Attempt(NamedTuple):
 class Attempts(Dataset[Attempt]):
     """Examples, or the reason why there is none: workers raise nothing, what is to be done is decided by who trains.
 
-    replace: the next good example stands in for a bad one. Then batches keep their size, processes that train together
-    keep step, and what stands in depends on the index alone.
+    replace: a good example stands in for a bad one. Then batches keep their size, processes that train together keep
+    step, and what stands in depends on the index alone. It comes from anywhere: neighbours often ask of the same clip.
     """
 
     def __init__(self, examples: Dataset, replace: bool):
@@ -147,12 +164,21 @@ class Attempts(Dataset[Attempt]):
 
     def __getitem__(self, index: int) -> Attempt:
         skipped: list[str] = []
-        for other in range(min(MOST_BAD, self.length) if self.replace else 1):
+        for other in self.candidates(index):
             try:
-                return Attempt(self.examples[(index + other) % self.length], tuple(skipped))
+                return Attempt(self.examples[other], tuple(skipped))
             except (BadExample, MediaError, OSError) as error:
-                skipped.append(str(error))
+                # It will be printed, and names of files may hold bytes that are no text.
+                skipped.append(str(error).encode(errors="backslashreplace").decode())
         return Attempt(None, tuple(skipped))
+
+    def candidates(self, index: int) -> Iterator[int]:
+        """What is tried in turn, no example twice."""
+        yield index
+        if self.replace:
+            others = min(MOST_BAD, self.length) - 1
+            for step in np.random.default_rng(index).choice(self.length - 1, others, replace=False).tolist():
+                yield (index + 1 + step) % self.length
 
 
 # ----------------------------------------------------------------------------------------------------------- batches
@@ -263,18 +289,20 @@ def stack_video(videos: Sequence[Tensor | None]) -> tuple[Tensor, list[int]]:
 def stack_audio(sounds: Sequence[Tensor | None], frames: Sequence[int]) -> tuple[Tensor | None, list[bool] | None]:
     """(samples,) each, over the time of so many frames -> (B, samples) over that of the longest, who has any.
 
-    Sound and frames grow at one rate in all rows, to a sample: else a row would not be cut where it is by itself.
+    Sound and frames grow at one rate in all rows, to a sample: else a row would not be cut where it is by itself. Where
+    the longest is silent, to one and a half: the length that its sound would have is rounded as well.
     """
     heard = [(sound, n) for sound, n in zip(sounds, frames, strict=True) if sound is not None]
     if not heard:
         return None, None
     longest, over = max(heard, key=lambda pair: pair[1])
     samples = round(len(longest) * max(frames) / over)
+    rounded = max(frames) * (1.0 if over == max(frames) else 1.5)  # half a sample for each that was rounded
     stacked = torch.zeros(len(sounds), samples, dtype=longest.dtype)
     for row, sound, n in zip(stacked, sounds, frames, strict=True):
         if sound is None:
             continue
-        if abs(len(sound) * max(frames) - n * samples) > max(frames):
+        if abs(len(sound) * max(frames) - n * samples) > rounded:
             raise ValueError(
                 f"collate: audio: expected {samples / max(frames):.1f} samples a frame in every example of the batch, "
                 f"got {len(sound) / n:.1f}"

@@ -23,7 +23,7 @@ class MediaError(ValueError):
 
 
 class Clip(NamedTuple):
-    video: torch.Tensor  # (3, frames, size, size) float32 in [0, 1], RGB
+    video: torch.Tensor  # (3, frames, size, size) float32 in [0, 1], or uint8, RGB
     audio: torch.Tensor | None  # (samples,) float32 in [-1, 1], mono, samples = round(frames / fps * sample_rate)
     fps: float  # frames per second, constant
 
@@ -36,6 +36,7 @@ def read_clip(
     fps: float | None = None,
     size: int,
     sample_rate: int,
+    dtype: torch.dtype = torch.float32,
 ) -> Clip:
     """The first `frames` frames of a video file, and the sound of exactly their time.
 
@@ -45,6 +46,7 @@ def read_clip(
     more than a frame off its time (variable frame rate), at the mean rate of these frames.
     size: side of the square in pixels; the centre of the upright picture is cut out and resized.
     sample_rate: samples per second of the sound, mixed to mono (the mean of its channels).
+    dtype: of the picture, torch.float32 in [0, 1], or torch.uint8, a quarter of the memory.
 
     The sound spans [time of the first frame, + frames/fps). Where the file is silent inside that span (its sound starts
     later, ends earlier, or lost packets) the samples are zero; with no sound in it at all, `audio` is None: the model
@@ -62,6 +64,8 @@ def read_clip(
         raise ValueError(f"read_clip: least: expected at most frames {frames}, got {least}")
     if fps is not None and not 0 < fps < float("inf"):
         raise ValueError(f"read_clip: fps: expected a positive number or None, got {fps!r}")
+    if dtype not in (torch.float32, torch.uint8):
+        raise ValueError(f"read_clip: dtype: expected torch.float32 or torch.uint8, got {dtype!r}")
     name = os.fsdecode(path)
     status = os.stat(path)
     if stat.S_ISREG(status.st_mode) and status.st_size == 0:
@@ -81,7 +85,7 @@ def read_clip(
         with _opened(file, name) as container:
             stream = _stream(container, "audio", name)
             audio = stream and _read_audio(container, stream, start, start + video.shape[1] / rate, sample_rate)
-    return Clip(video, audio, float(rate))
+    return Clip(video if dtype == torch.uint8 else video.float().div_(255), audio, float(rate))
 
 
 @contextmanager
@@ -137,7 +141,7 @@ def _decoded(container: Any, stream: Any) -> Iterator[Any]:
 def _read_video(
     container: Any, stream: Any, name: str, count: int, least: int, fps: Fraction | None, size: int
 ) -> tuple[torch.Tensor, Fraction, Fraction]:
-    """-> video (3, least .. count, size, size), time of its first frame in seconds, frames per second."""
+    """-> video (3, least .. count, size, size) uint8, time of its first frame in seconds, frames per second."""
     stream.thread_type = "AUTO"
     nominal = Fraction(stream.average_rate or stream.guessed_rate or 25)
     # Two time stamps, each rounded to the clock of the container, may disagree by one tick about the same moment. A
@@ -173,9 +177,8 @@ def _read_video(
         fps = nominal if steady else count / (times[count] - times[0])
         if fps < Fraction(1, 100):  # damaged, and as long a sound would fill the memory
             raise MediaError(f"{name}: its time stamps spread {count} frames over {float(count / fps):,.0f} seconds")
-    video = torch.empty(3, count, size, size)
-    video.copy_(torch.from_numpy(np.stack(pictures)).permute(3, 0, 1, 2))  # from (count, size, size, 3) uint8
-    return video.div_(255), times[0], fps
+    video = torch.from_numpy(np.stack(pictures)).permute(3, 0, 1, 2)  # from (count, size, size, 3)
+    return video.contiguous(), times[0], fps
 
 
 class _Shown:

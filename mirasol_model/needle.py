@@ -76,6 +76,11 @@ def draw_plan(random: np.random.Generator, snippets: int, answers: Sequence[int]
     return Plan(disc, square, chime, tones, markers, tuple(answers))
 
 
+def several(numbers: object) -> tuple:
+    """One number, or what a list of them holds."""
+    return tuple(numbers) if isinstance(numbers, Sequence) and not isinstance(numbers, str) else (numbers,)
+
+
 class Needle(Dataset[Example]):
     """`clips` clips with four questions each: item i is question i % 4 of clip i // 4, a function of (seed, i) alone.
 
@@ -98,26 +103,23 @@ class Needle(Dataset[Example]):
         lures: int | Sequence[int] = 3,
         shift: int = 0,
     ):
-        self.lures = (lures,) if isinstance(lures, int) else tuple(lures)
-        self.frames = (frames,) if isinstance(frames, int) else tuple(frames)
-        if clips < 1:
-            raise ValueError(f"Needle: clips: expected at least 1, got {clips}")
-        if seed < 0:
-            raise ValueError(f"Needle: seed: expected at least 0, got {seed}")
-        if snippet < 1:
-            raise ValueError(f"Needle: snippet: expected at least 1, got {snippet}")
-        if not self.frames or any(n < FEWEST * snippet or n % snippet for n in self.frames):
+        self.lures, self.frames = several(lures), several(frames)
+        for name, value, least in (("clips", clips, 1), ("seed", seed, 0), ("snippet", snippet, 1), ("size", size, 16)):
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"Needle: {name}: expected an integer of at least {least}, got {value!r}")
+        if not isinstance(shift, int):
+            raise ValueError(f"Needle: shift: expected an integer, got {shift!r}")
+        whole = all(isinstance(n, int) and n >= FEWEST * snippet and n % snippet == 0 for n in self.frames)
+        if not self.frames or not whole:
             raise ValueError(
-                f"Needle: frames: expected multiples of snippet {snippet}, at least {FEWEST * snippet}, got {frames}"
+                f"Needle: frames: expected multiples of snippet {snippet}, at least {FEWEST * snippet}, got {frames!r}"
             )
-        if not self.lures or any(not 0 <= n <= 3 for n in self.lures):
-            raise ValueError(f"Needle: lures: expected 0 .. 3, got {lures}")
-        if size < 16:
-            raise ValueError(f"Needle: size: expected at least 16, got {size}")
-        if sample_rate % FRAMES_PER_SECOND or sample_rate <= 2 * SOUND_HERTZ[-1]:
+        if not self.lures or not all(isinstance(n, int) and 0 <= n <= 3 for n in self.lures):
+            raise ValueError(f"Needle: lures: expected 0 .. 3, got {lures!r}")
+        low = 2 * SOUND_HERTZ[-1]
+        if not isinstance(sample_rate, int) or sample_rate % FRAMES_PER_SECOND or sample_rate <= low:
             raise ValueError(
-                f"Needle: sample_rate: expected a multiple of {FRAMES_PER_SECOND} above {2 * SOUND_HERTZ[-1]}, "
-                f"got {sample_rate}"
+                f"Needle: sample_rate: expected a multiple of {FRAMES_PER_SECOND} above {low}, got {sample_rate!r}"
             )
         self.clips, self.seed, self.snippet, self.size = clips, seed, snippet, size
         self.sample_rate, self.shift = sample_rate, shift

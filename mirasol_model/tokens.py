@@ -70,7 +70,7 @@ class Text:
     def words_of(self, tokens: Iterable[int]) -> Iterator[str]:
         """What an answer says, piece by piece as its tokens come: a piece ends where a character does. In all that is
         `words`, unless bytes are in it that are no UTF-8."""
-        stream = decoders.DecodeStream(skip_special_tokens=False)
+        stream = decoders.DecodeStream(skip_special_tokens=True)
         so_far: list[int] = []
         said = ""
         for token in tokens:
@@ -79,8 +79,15 @@ class Text:
             if not self._says(token):
                 continue
             so_far.append(token)
-            if piece := stream.step(self.tokenizer, token):
+            try:
+                piece = stream.step(self.tokenizer, token) or ""
                 said += piece
+            except Exception:  # its only type, where bytes that seemed to be a character turn out not to be one
+                whole = self.words(so_far)
+                piece, said = whole[len(said) :], whole
+                stream = decoders.DecodeStream(skip_special_tokens=True)
+                stream.step(self.tokenizer, token)  # so that what follows is spaced as after this token
+            if piece:
                 yield piece
         whole = self.words(so_far)
         if len(whole) > len(said) and whole.startswith(said):  # bytes at the end that are no character

@@ -31,11 +31,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, Subset
+from tqdm import tqdm
 
 from mirasol_model import Mirasol, MirasolConfig, checkpoints
 from mirasol_model.data import Attempts, BadExample, Batch, Collate, Order, open_data
 from mirasol_model.parallel import gathered, shard
-from mirasol_model.run_log import RunLog, plot
+from mirasol_model.run_log import RunLog, plot, read_rows
 from mirasol_model.tokens import Text
 from mirasol_model.train_config import OptimizerConfig, TrainConfig, differences
 
@@ -97,7 +98,7 @@ class Trainer:
         self.examples = Attempts(open_data(data.kind, data.train, model_config), replace=True)
         self.questions: Dataset | None = None
         if data.evaluate is not None:
-            self.questions = Attempts(open_data(data.kind, data.evaluate, model_config), replace=False)
+            self.questions = Attempts(open_data(data.kind, data.evaluate, model_config, "evaluate"), replace=False)
         self.model = build_model(config).to(device).train()
         self.parallel = self.wrap(self.model)
         self.optimizer = build_optimizer(self.model, config.optimizer)
@@ -223,14 +224,20 @@ class Trainer:
         mine = Subset(self.questions, range(self.rank, len(self.questions), self.ranks))  # type: ignore[arg-type]
         self.model.eval()
         with gathered(self.model):  # each process asks at its own pace
-            for batch, skipped in self.loader(mine, batch_size=self.config.batch):
+            loader = self.loader(mine, batch_size=self.config.batch)
+            for batch, skipped in tqdm(loader, desc="evaluating", leave=False, disable=self.log is None):
                 self.skip(skipped)
                 bad += len(skipped)
-                if batch is not None:
-                    for kind, given, answer in zip(batch.kinds, self.answers(batch), batch.answers, strict=True):
-                        for name in {kind or "all", "all"}:
-                            asked[name] += 1
-                            right[name] += given == self.text.words(self.text.answer(answer))
+                if batch is None:
+                    continue
+                for kind, given, answer in zip(batch.kinds, self.answers(batch), batch.answers, strict=True):
+                    if not (expected := self.text.words(self.text.answer(answer))):
+                        self.skip([f"answer: expected words that the tokenizer has, got {answer!r}"])
+                        bad += 1
+                        continue
+                    for name in {kind or "all", "all"}:
+                        asked[name] += 1
+                        right[name] += given == expected
         self.model.train()
         if self.ranks > 1:
             every: list[Any] = [None] * self.ranks
@@ -244,7 +251,8 @@ class Trainer:
             "skipped": bad,
         }
 
-    def answers(self, batch: Batch) -> list[str]:
+    def answers(self, batch: Batch) -> list[str | None]:
+        """None for one that does not end."""
         batch = batch.to(self.device)
         longest = max(len(self.text.answer(answer)) for answer in batch.answers)
         with self.autocast():
@@ -259,7 +267,7 @@ class Trainer:
             )
         # An answer that goes on where the right one ends is wrong, though its first words are right.
         eos = self.model.config.text.eos
-        return [self.text.words(row) if eos in row else "" for row in tokens.tolist()]
+        return [self.text.words(row) if eos in row else None for row in tokens.tolist()]
 
     # ------------------------------------------------------------------------------------------------ checkpoints
 
@@ -278,14 +286,26 @@ class Trainer:
         checkpoints.load(self.checkpoints, self.model, self.optimizer, self.progress)
 
     def agree(self) -> None:
-        """The folder's run is of this configuration, which is written down the first time."""
+        """The folder's run is of this configuration, which is written down the first time. Every process calls it."""
         file, now = self.folder / "config.json", json.dumps(self.config.to_dict(), indent=2)
         if checkpoints.steps(self.checkpoints):
             if changed := differences(json.loads(file.read_text()), json.loads(now)):
                 raise ValueError(f"train: {self.folder} has a run of another configuration: {', '.join(changed)}")
-        elif checkpoints.first():
+            return
+        if (self.folder / "model").exists() or self.once_saved():
+            raise ValueError(
+                f"train: out: expected a new folder, or a run's with its checkpoints, got {self.folder}, whose run has "
+                "none left: to begin anew would erase its log and its model"
+            )
+        checkpoints.meet()  # all have looked before anything changes
+        if checkpoints.first():
             self.folder.mkdir(parents=True, exist_ok=True)
             file.write_text(now + "\n")
+
+    def once_saved(self) -> bool:
+        """Whether the log goes past the step of a first checkpoint. A run that was killed before it may begin anew."""
+        rows, file = read_rows(self.folder / "log.jsonl"), self.folder / "config.json"
+        return bool(rows) and not (file.exists() and rows[-1]["step"] <= json.loads(file.read_text())["save_every"])
 
     def export(self) -> None:
         """<out>/model: what `Mirasol.from_pretrained` reads, and tokenizer.json. Every process calls it."""

@@ -31,13 +31,16 @@ class ModelChoice:
     preset: str | None = None
     start: str | None = None  # a folder of `save_pretrained`, as a run leaves it in <out>/model
     change: dict[str, Any] = field(default_factory=dict)  # fields of MirasolConfig, {"combiner": {"kind": "ttm"}}
-    tokenizer: str | None = None  # a tokenizer.json; None is one token per byte of UTF-8
+    tokenizer: str | None = None  # a tokenizer.json; None is that of `start`, or else one token per byte of UTF-8
 
     def __post_init__(self) -> None:
         typed("model", self)
         expect((self.preset is None) != (self.start is None), "model.preset", "either it or model.start", self.preset)
         if self.preset is not None:
             expect(self.preset in PRESETS, "model.preset", f"one of {', '.join(PRESETS)}", self.preset)
+        elif self.tokenizer is None and (file := Path(str(self.start)) / "tokenizer.json").is_file():
+            # Here and not where it is read, so that a run's config.json says what its words were.
+            object.__setattr__(self, "tokenizer", str(file))
 
     def config(self, phase: str) -> MirasolConfig:
         """What is begun with, the phase's weights of the losses, and the changes, the later over the earlier."""
@@ -47,7 +50,7 @@ class ModelChoice:
             values = json.loads(file.read_text())
         else:
             values = MirasolConfig.preset(str(self.preset)).to_dict()
-        values["losses"] = values["losses"] | PHASES[phase]
+        values["losses"] = values.get("losses", {}) | PHASES[phase]
         for part, changed in self.change.items():
             mapping = isinstance(changed, dict) and isinstance(values.get(part), dict)
             values[part] = values[part] | changed if mapping else changed
@@ -103,7 +106,7 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     steps: int = 1000  # of the optimiser
     batch: int = 8  # clips in a forward pass, of each process
-    accumulation: int = 1  # forward passes in a step
+    accumulation: int = 1  # forward passes in a step; each counts as much, however many labels it has, as processes do
     shard: Literal["ddp", "fsdp"] = "ddp"  # of several processes, each has all parameters, or a share of them
     bfloat16: bool | None = None  # autocast; None is: where there is a GPU
     seed: int = 0

@@ -13,6 +13,7 @@ pytest.importorskip("av", reason="PyAV reads the clips")
 pytest.importorskip("tensorboard", reason="runs are logged to TensorBoard")
 
 from mirasol_model import Mirasol, MirasolConfig
+from mirasol_model.media import MediaError
 from tests.model.media_files import write
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -36,6 +37,14 @@ def test_ask(example, tmp_path):
     assert lines[0] == "sample.mp4: 8 frames are 8 tokens"
     assert [line.split()[0] for line in lines[1:]] == ["one?", "two?"]
     assert all(len(line) > len("one? ") for line in lines[1:])
+
+
+def test_ask_shows_a_clip_as_fast_as_training_did(example, tmp_path):
+    clip = str(write(tmp_path / "fast.mp4", frames=10, fps=50))
+    ask = ("ask.py", clip, "--preset", "tiny", "--most", "1", "--ask", "one?", "--frames")
+    with pytest.raises(MediaError, match=r"fast.mp4: only 5 frames at 25 frames per second, expected 8"):
+        example(*ask, "8")
+    assert example(*ask, "4")[0] == example(*ask, "4", "--fps", "50")[0] == "fast.mp4: 4 frames are 4 tokens"
 
 
 def test_live(example, tmp_path):

@@ -1,6 +1,7 @@
 """`benchmarks.needle`: what it trains and asks, and its files and tables."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -94,8 +95,38 @@ def test_no_length_that_a_variant_can_read():
         needle.train(needle.VARIANTS["ttm"]._replace(lengths=(32,)), [64], steps=1)
 
 
-@pytest.mark.parametrize("arguments", [["--variants", "x"], ["--clips", "0"], ["--frames", "a"]])
-def test_arguments(arguments, capsys):
+def test_a_run_replaces_only_its_like(tmp_path, monkeypatch, capsys):
+    def train(variant, frames, **budget):
+        return Oracle(), {"parameters": 1, "steps": 2, "seconds": 3.0, "seconds_per_step": 1.5, "trained_on": [32]}
+
+    monkeypatch.setattr(needle, "train", train)
+    common = ["--variants", "ttm", "--clips", "4", "--test", "32", "--out", str(tmp_path)]
+    for more in ([], ["--seed", "1"], ["--minutes", "4"], ["--note", "again"]):
+        assert needle.main([*common, *more]) == 0
+    rows = json.loads((tmp_path / "needle.json").read_text())["rows"]
+    kept = [(1, 1.0, ""), (0, 4.0, ""), (0, 1.0, "again")]
+    assert [(row["seed"], row["minutes"], row["note"]) for row in rows] == kept
+    assert re.search(r"ttm +1 +1 .*\n.*\nttm +0 +4 .*\n.*\nttm +0 +1 ", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--variants", "x"], "--variants: invalid choice: 'x'"),
+        (["--clips", "0"], "--clips: expected a positive number"),
+        (["--frames", "a"], "--frames: expected a positive number of frames, got 'a'"),
+        (["--frames", "32", "66"], "--frames: Needle: frames: expected multiples of snippet 4, at least 32, got 66"),
+        (["--test", "30"], "--test: Needle: frames: expected multiples of snippet 4, at least 32, got 30"),
+        (["--test", "28"], "--test: Needle: frames: expected multiples of snippet 4, at least 32, got 28"),
+        (["--minutes", "0"], "--minutes: expected a positive number of minutes, got '0'"),
+        (["--minutes", "nan"], "--minutes: expected a positive number of minutes, got 'nan'"),
+        (["--minutes", "inf"], "--minutes: expected a positive number of minutes, got 'inf'"),
+        (["--minutes=-1"], "--minutes: expected a positive number of minutes, got '-1'"),
+        (["--seed=-3"], "--seed: expected an integer of at least 0, got '-3'"),
+    ],
+)
+def test_arguments(arguments, message, capsys):
     with pytest.raises(SystemExit) as caught:
         needle.read(arguments)
-    assert caught.value.code == 2 and "usage: python -m benchmarks.needle" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert caught.value.code == 2 and "usage: python -m benchmarks.needle" in said and message in said

@@ -2,7 +2,7 @@
 
 accelerate launch --config_file examples/accelerate/fsdp2.yaml examples/accelerate/train.py [--preset small]
 
-Every process takes its rows of each batch. The clips are noise: put your own `DataLoader` in their place.
+Every process takes its own --rows of each batch. The clips are noise: put your own `DataLoader` in their place.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ def clips(config: MirasolConfig, rows: int, snippets: int = 2) -> TensorDataset:
 def train(accelerator: Accelerator, options: argparse.Namespace) -> None:
     torch.manual_seed(0)
     config = MirasolConfig.preset(options.preset)
-    model, data = Mirasol(config), clips(config, options.rows * options.steps)
+    model, data = Mirasol(config), clips(config, options.rows * accelerator.num_processes * options.steps)
     if options.float64:
         model, data = model.double(), TensorDataset(*(x.double() if x.is_floating_point() else x for x in data.tensors))
     model.eval()  # no tokens of x are masked, so that the number of processes changes nothing
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    loader = DataLoader(data, batch_size=options.rows // accelerator.num_processes)
+    loader = DataLoader(data, batch_size=options.rows)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     for step, (video, audio, text) in enumerate(loader):
         loss = model(video, audio, text, labels=text).loss
@@ -47,7 +47,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="tiny")
     parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--rows", type=int, default=4, help="clips of a batch, on all processes together")
+    parser.add_argument("--rows", type=int, default=4, help="clips of a batch, of each process (default: 4)")
     parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--float64", action="store_true", help="to compare with one process to rounding")
     options = parser.parse_args()

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import Dataset
 
 pytest.importorskip("av", reason="PyAV writes and reads the clips")
 
-from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from mirasol_model import MirasolConfig
 from mirasol_model.data import (
@@ -106,6 +109,10 @@ BAD = {
     "no answer": ({"answer": " "}, BadExample, r"prompts.jsonl:2: answer: expected some text, got none, for .*long"),
     "no text": ({"prompt": None}, BadExample, r"prompts.jsonl:2: prompt: expected text, got None"),
     "kind": ({"kind": 3}, BadExample, r"prompts.jsonl:2: kind: expected text, got 3"),
+    "half a character": ({"prompt": "\ud83d"}, BadExample, r"jsonl:2: prompt: expected whole .*, got '\\ud83d'"),
+    "half of an answer": ({"answer": "nice \ud83d"}, BadExample, r"prompts.jsonl:2: answer: expected whole characters"),
+    "half a name": ({"clip": "\ud83d.mp4"}, BadExample, r"prompts.jsonl:2: clip: expected whole characters"),
+    "half a kind": ({"kind": "\udc00"}, BadExample, r"prompts.jsonl:2: kind: expected whole characters"),
     "no clip": ({"clip": 1.5}, BadExample, r"prompts.jsonl:2: clip: expected text, got 1.5"),
     "no name": ({"clip": "a\0b"}, BadExample, r"prompts.jsonl:2: clip: expected the name of a file, got 'a\\x00b'"),
     "no JSON": ("{", BadExample, r"prompts.jsonl:2: expected JSON, got: "),
@@ -126,8 +133,8 @@ def test_what_is_bad_names_its_file_and_gives_way(clips, bad, workers):
     attempts = Attempts(data, replace=True)
     loader = torch.utils.data.DataLoader(attempts, batch_size=3, num_workers=workers, collate_fn=collate)
     ((batch, skipped),) = loader
-    assert batch.answers == ["a pattern", "third", "third"] and len(skipped) == 1
-    assert Path(clips.name).name in skipped[0]
+    assert batch.answers[::2] == ["a pattern", "third"] and batch.answers[1] in batch.answers[::2]
+    assert len(skipped) == 1 and Path(clips.name).name in skipped[0]
     alone, why = collate([Attempts(data, replace=False)[1]])
     assert alone is None and why == skipped
 
@@ -141,31 +148,77 @@ def test_it_gives_up_after_many_bad_ones():
             raise BadExample(str(index))
 
     attempt = Attempts(Nothing(), replace=True)[990]
-    assert attempt.example is None and [int(reason) for reason in attempt.skipped] == [
-        (990 + i) % 1000 for i in range(MOST_BAD)
-    ]
+    tried = [int(reason) for reason in attempt.skipped]
+    assert attempt.example is None and tried[0] == 990 and len(set(tried)) == len(tried) == MOST_BAD
+    assert all(0 <= index < 1000 for index in tried) and attempt == Attempts(Nothing(), replace=True)[990]
+
+
+def test_a_damaged_clip_of_many_questions_gives_way(clips):
+    """They stand together, and more of them than are tried; what stands in is the same when a run goes on."""
+    lines = [{**GOOD, "clip": "empty.mp4" if i < 2 * MOST_BAD else "short.mp4"} for i in range(3 * MOST_BAD)]
+    once, again = (Attempts(folder_of(clips, *lines, frames=1), replace=True) for _ in range(2))
+    for index in range(2 * MOST_BAD):
+        attempt = once[index]
+        assert attempt.example is not None and set(attempt.skipped) == {f"{clips / 'empty.mp4'}: the file is empty"}
+        assert attempt.skipped == again[index].skipped
+
+
+@pytest.mark.parametrize("length", [1, 2, 5])
+def test_every_example_is_tried_where_there_are_few(length):
+    attempts = Attempts([None] * length, replace=True)
+    assert all(sorted(attempts.candidates(index)) == list(range(length)) for index in range(length))
+
+
+def test_reasons_can_be_printed(clips):
+    name = os.fsdecode(b"caf\xe9.mp4")
+    (clips / name).write_bytes(b"no video")
+    (reason,) = Attempts(folder_of(clips, {**GOOD, "clip": name}), replace=False)[0].skipped
+    assert "caf\\udce9.mp4: cannot be read as video" in reason and reason.encode()
+
+
+def test_a_kind_may_be_null(clips):
+    assert folder_of(clips, {**GOOD, "kind": None})[0].kind == ""
+
+
+def test_frames_are_never_floats(clips):
+    """Of a clip a worker holds no more than what it sends, and what it was read from."""
+
+    class Largest(TorchDispatchMode):
+        bytes = 0
+
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            out = operation(*args, **(kwargs or {}))
+            self.bytes = max(self.bytes, out.nbytes if isinstance(out, torch.Tensor) else 0)
+            return out
+
+    with Largest() as largest:
+        video = folder_of(clips, GOOD)[0].video
+    assert largest.bytes == video.nbytes == 3 * 32 * 48 * 48
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "data.prompts: expected the name of a JSONL file, got None"),
-        ({"prompts": "nowhere.jsonl"}, "data.prompts: expected a JSONL file, got 'nowhere.jsonl'"),
-        ({"prompts": "x", "size": 3}, "data: expected only prompts, frames, least, fps for kind 'folder', got size"),
-        ({"prompts": "x", "frames": 0}, "data.frames: expected 1 .. 0, got 0"),
-        ({"prompts": "x", "least": 40}, "data.least: expected 1 .. 32, got 40"),
-        ({"prompts": "x", "fps": 0}, "data.fps: expected a positive number, got 0"),
+        ({}, "ClipFolder: prompts: expected the name of a JSONL file, got None"),
+        ({"prompts": "nowhere.jsonl"}, "ClipFolder: prompts: expected a JSONL file, got 'nowhere.jsonl'"),
+        ({"prompts": "x", "size": 3}, "expected only prompts, frames, least, fps for kind 'folder', got size"),
+        ({"prompts": "x", "frames": 0}, "ClipFolder: frames: expected an integer of at least 1, got 0"),
+        ({"prompts": "x", "frames": "32"}, "ClipFolder: frames: expected an integer of at least 1, got '32'"),
+        ({"prompts": "x", "least": 40}, r"ClipFolder: least: expected None or 1 .. 32, got 40"),
+        ({"prompts": "x", "fps": 0}, "ClipFolder: fps: expected a positive number, got 0"),
     ],
 )
-def test_options_of_a_folder(options, message):
-    with pytest.raises(ValueError, match=message):
-        open_data("folder", options, TINY)
+@pytest.mark.parametrize("part", ["train", "evaluate"])
+def test_options_of_a_folder(options, message, part):
+    with pytest.raises(ValueError, match=f"^config: data.{part}: {message}"):
+        open_data("folder", options, TINY, part)
 
 
 def test_sources(tmp_path):
-    (tmp_path / "none.jsonl").write_text("\n")
-    with pytest.raises(ValueError, match=r"data.prompts: expected at least one line"):
-        open_data("folder", {"prompts": str(tmp_path / "none.jsonl")}, TINY)
+    for content, message in ((b"\n", "at least one line"), (b"\n{\xe9}", "UTF-8 in .*none.jsonl, got: 'utf-8' codec")):
+        (tmp_path / "none.jsonl").write_bytes(content)
+        with pytest.raises(ValueError, match=f"config: data.train: ClipFolder: prompts: expected {message}"):
+            open_data("folder", {"prompts": str(tmp_path / "none.jsonl")}, TINY)
     with pytest.raises(ValueError, match=r"data.kind: expected one of folder.*, got 'tape'"):
         open_data("tape", {}, TINY)
 
@@ -174,8 +227,13 @@ def test_needle_is_made_for_the_model():
     example = open_data("needle", {"clips": 2, "seed": 3, "frames": 32}, TINY)[5]
     assert example.video.shape == (3, 32, TINY.video.size, TINY.video.size) and example.kind == "sound"
     assert example.audio.shape == (32 * TINY.audio.sample_rate // 25,)
-    with pytest.raises(ValueError, match=r"data.clips: expected how many clips to make, got None"):
-        open_data("needle", {}, TINY)
+    for options, message in (
+        ({}, "clips: expected how many to make, got None"),
+        ({"clips": "2"}, "clips: expected an integer of at least 1, got '2'"),
+        ({"clips": 2, "frames": "32"}, "frames: expected multiples of snippet 4, at least 32, got '32'"),
+    ):
+        with pytest.raises(ValueError, match=f"config: data.evaluate: Needle: {message}"):
+            open_data("needle", options, TINY, "evaluate")
     with pytest.raises(ValueError, match="expected only clips, seed, frames, lures, shift for kind 'needle', got size"):
         open_data("needle", {"clips": 2, "size": 9}, TINY)
 
@@ -224,7 +282,18 @@ def test_sound_of_rates_that_do_not_divide():
     assert stack_audio([None, None], [1, 2]) == (None, None)
 
 
+@pytest.mark.parametrize("fps", [25, Fraction(30_000, 1001), Fraction(29.97)])
+def test_sound_of_any_clips_whose_longest_is_silent(fps):
+    sounds = {n: torch.ones(round(n * 16_000 / fps)) for n in range(1, 16)}
+    for one, other in itertools.combinations(sounds, 2):
+        stacked, heard = stack_audio([None, sounds[other], sounds[one]], [16, other, one])
+        assert heard == [False, True, True] and abs(stacked.shape[1] - 16 * 16_000 / fps) < 10
+        assert [int(row.sum()) for row in stacked] == [0, len(sounds[other]), len(sounds[one])]
+
+
 def test_examples_that_make_no_batch():
+    with pytest.raises(ValueError, match=r"collate: audio: expected 640.0 samples a frame in every .*, got 636.0"):
+        stack_audio([None, torch.ones(1280), torch.ones(636)], [3, 2, 1])
     with pytest.raises(ValueError, match=r"collate: audio: expected 640.0 samples a frame in every .*, got 320.0"):
         stack_audio([torch.ones(1280), torch.ones(320)], [2, 1])
     for other in (None, torch.zeros(3, 2, 8, 9), torch.zeros(3, 2, 8, 8, dtype=torch.uint8)):
@@ -272,6 +341,31 @@ def test_bytes_that_are_no_character():
         == ["\N{REPLACEMENT CHARACTER}" * 2]
     )
     assert list(text.words_of([3 + 65, 3 + 0xC3])) == ["A"]
+
+
+def test_words_after_bytes_that_are_no_character(tmp_path):
+    """What was said stays said, and nothing of what follows is lost, neither words nor the spaces between them."""
+    text = Text(TINY.text)
+    assert "".join(text.words_of([225, 184, 167, 2])) == "\u07b5\N{REPLACEMENT CHARACTER}\N{REPLACEMENT CHARACTER}<unk>"
+    assert text.words([225, 184, 167, 2]) == 3 * "\N{REPLACEMENT CHARACTER}" + "<unk>"
+    vocabulary = byte_tokenizer().get_vocab() | {"\u2581a": 259, "\u2581b": 260}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+    tokenizer.add_special_tokens(["<pad>", "</s>"])
+    steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(steps)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    text = Text(TINY.text, tmp_path / "tokenizer.json")
+    said = "".join(text.words_of([259, 225, 184, 167, 259, 260, 259, 225, 184, 260, 225]))
+    assert said == "a\u07b5\N{REPLACEMENT CHARACTER}\N{REPLACEMENT CHARACTER} a b a\u07b5 b\N{REPLACEMENT CHARACTER}"
+
+
+def test_special_tokens_are_no_words(tmp_path):
+    tokenizer = Tokenizer(models.WordLevel({"the": 0, "<unk>": 1, "ball": 2}, unk_token="<unk>"))
+    tokenizer.add_special_tokens(["<unk>", "<p>", "<e>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    text = Text(replace(TINY.text, pad=3, eos=4), tmp_path / "tokenizer.json")
+    for tokens in ([0, 1, 2], [1], [1, 0, 1, 1]):
+        assert "".join(text.words_of(tokens)) == text.words(tokens)
 
 
 def test_any_tokenizer(tmp_path):

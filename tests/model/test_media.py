@@ -257,7 +257,7 @@ def test_the_cover_of_a_song_is_no_video(tmp_path):
     with av.open(str(path), "w") as container:
         cover = container.add_stream("mjpeg", rate=1)
         cover.width, cover.height, cover.pix_fmt = 64, 64, "yuvj420p"
-        cover.disposition = av.stream.Disposition.attached_pic
+        cover.disposition = av.stream.Disposition.attached_pic.value
         audio = container.add_stream("aac", rate=48_000, layout="stereo")
         container.mux(cover.encode(av.VideoFrame.from_ndarray(pattern(1, 64, 64), "rgb24").reformat(format="yuvj420p")))
         container.mux(cover.encode(None))
@@ -347,11 +347,20 @@ def test_any_name(name, tmp_path):
         {"fps": 0},
         {"fps": float("nan")},
         {"fps": float("inf")},
+        {"dtype": torch.float16},
     ],
 )
 def test_arguments(wrong):
     with pytest.raises(ValueError, match=f"read_clip: {next(iter(wrong))}: expected"):
         read_clip(SAMPLE, **{"frames": 8, "size": 8, "sample_rate": RATE, **wrong})
+
+
+def test_bytes_are_what_floats_are_made_of():
+    bytes_, floats = (
+        read_clip(SAMPLE, frames=4, size=24, sample_rate=RATE, dtype=dtype) for dtype in (torch.uint8, torch.float32)
+    )
+    assert bytes_.video.dtype == torch.uint8 and bytes_.video.is_contiguous()
+    assert torch.equal(bytes_.video / 255, floats.video) and torch.equal(bytes_.audio, floats.audio)
 
 
 def test_without_pyav(monkeypatch):

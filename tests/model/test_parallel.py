@@ -101,8 +101,10 @@ def test_the_last_checkpoints_are_kept_and_none_is_written_over(tmp_path: Path) 
     assert checkpoints.steps(tmp_path) == [2, 3]
     progress = {"step": torch.tensor(0)}
     assert load(tmp_path, made, optimizer, progress) == progress["step"] == 3
-    with pytest.raises(ValueError, match=r"save: step: expected one that .* has no checkpoint of, got 3"):
-        save(tmp_path, 3, made, optimizer)
+    for step in (3, 1):
+        with pytest.raises(ValueError, match=rf"save: step: expected one after 3, the last .*, got {step}"):
+            save(tmp_path, step, made, optimizer)
+    assert checkpoints.steps(tmp_path) == [2, 3]
     with pytest.raises(ValueError, match="save: keep: expected at least 1, got 0"):
         save(tmp_path, 4, made, optimizer, keep=0)
 

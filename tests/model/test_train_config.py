@@ -74,6 +74,25 @@ def test_the_model_of_a_run(tmp_path):
         build(TrainConfig, {**LEAST, "model": {"start": "nowhere"}}, "").model.config("pretrain")
 
 
+def test_a_second_phase_has_the_words_of_the_first(tmp_path):
+    """It says so where a run writes it down, so that one that goes on without them is another."""
+    file, start = tmp_path / "tokenizer.json", {"model": {"start": str(tmp_path)}}
+    bytes_ = build(TrainConfig, {**LEAST, **start}, "")
+    file.touch()
+    words = build(TrainConfig, {**LEAST, **start}, "")
+    assert bytes_.model.tokenizer is None and words.to_dict()["model"]["tokenizer"] == str(file)
+    assert differences(words.to_dict(), bytes_.to_dict()) == [f"model.tokenizer None (not {str(file)!r})"]
+    own = {**LEAST, "model": {"start": str(tmp_path), "tokenizer": "own.json"}}
+    assert build(TrainConfig, own, "").model.tokenizer == "own.json"
+    assert build(TrainConfig, LEAST, "").model.tokenizer is None
+
+
+def test_a_start_may_leave_out_what_is_default(tmp_path):
+    (tmp_path / "config.json").write_text('{"combiner": {"kind": "ttm"}}')
+    made = build(TrainConfig, {**LEAST, "model": {"start": str(tmp_path)}}, "").model.config("finetune")
+    assert made.combiner.kind == "ttm" and made.losses.text == 10.0
+
+
 def test_what_may_change_when_a_run_is_resumed():
     begun = json.loads(json.dumps(build(TrainConfig, LEAST, "").to_dict()))
     for name in FREE:
