@@ -85,7 +85,7 @@ struct Rows {  // of a tile, per lane
 // and of keys the other, rows are still TILE floats apart.  Delta is subtracted alone: where one key has all the weight
 // and out is its value, delta is its dP to the bit, and nothing is left of the two.
 // mask(v, key): lanes of vector v, where some are masked.
-template <bool PAIRS, class Mask>
+template <bool PAIRS, class T, class Mask>
 static void softmax_backward(int keys, int first, int count, bool masked, Mask mask, const Rows& rows, float factor,
                              const Buffers& b) {
   const Vec scale = broadcast(factor);
@@ -96,7 +96,7 @@ static void softmax_backward(int keys, int first, int count, bool masked, Mask m
     const auto weigh = [&](int key) {  // -> dS
       float *const p = b.p + key * TILE, *const ds = b.ds + key * TILE;
       Vec weight[] = {fma(load(p + lane), scale, -lse) - lse_low};
-      exp_of<PAIRS>(weight);
+      exp_of<PAIRS, T>(weight);
       const Vec x = masked ? keep(mask(v, key), weight[0]) : weight[0];
       Vec dx = x * (load(ds + lane) - delta + dlse);
       if (masked) dx = keep(mask(v, key), dx);
@@ -197,8 +197,9 @@ static void backward_piece(const Backward& g, const Chunk& chunk, const Tile& t,
   else scores<PAIRS>(piece.keys, s, b.q_t, shape.dim, k_rows, {b.p, TILE, WIDTH});
   scores<PAIRS>(piece.keys, s, b.dout_t, shape.value_dim,
                 rows_of<PAIRS>(v, g.v.row, piece.keys, shape.value_dim, b.v), {b.ds, TILE, WIDTH});
-  softmax_backward<PAIRS>(piece.keys, s.first, s.count, s.masked, [&](int v, int) { return s.mask[v - s.first]; }, rows,
-                          b.few_q ? 1 : scale_left<PAIRS>(shape), b);
+  softmax_backward<PAIRS, T>(piece.keys, s.first, s.count, s.masked,
+                             [&](int v, int) { return s.mask[v - s.first]; }, rows,
+                             b.few_q ? 1 : scale_left<PAIRS>(shape), b);
   gather<PAIRS>(piece.keys, s, {b.ds_terms, TILE, WIDTH}, k_terms, shape.dim, b.dq_t);
   scatter<PAIRS>(piece, lanes, b.p, b.dout, shape.value_dim, b.dv + key * padded(shape.value_dim));
   scatter<PAIRS>(piece, lanes, b.ds, b.q, shape.dim, b.dk + key * padded(shape.dim));
@@ -214,8 +215,8 @@ static void amx_backward_step(const Backward& g, const Chunk& chunk, const Tile&
   const Scores p{b.p, TILE, WIDTH}, ds{b.ds, TILE, WIDTH}, ds_terms{b.ds_terms, TILE, WIDTH};
   amx_scores(step, b.q_t, shape.dim, {b.k + key * row, row}, p);
   amx_scores(step, b.dout_t, shape.value_dim, {b.v + key * value_row, value_row}, ds);
-  softmax_backward<true>(step.keys, step.first, step.count, step.masked,
-                         [&](int v, int i) { return amx_mask(step.seen[i], v); }, rows, scale_left<true>(shape), b);
+  softmax_backward<true, T>(step.keys, step.first, step.count, step.masked,
+                            [&](int v, int i) { return amx_mask(step.seen[i], v); }, rows, scale_left<true>(shape), b);
   for (int v = step.first; v < step.first + step.count; ++v)
     for (int64_t i = (step.keys + 1) / 2; i < whole_tiles((step.keys + 1) / 2); ++i) store(ds_terms.at(i, v), Vec{});
   amx_gather(step, ds_terms, b.k_terms + key / 2, columns, shape.dim, b.dq_t);

@@ -121,7 +121,7 @@ static inline void amx_weights(const AmxStep& step, int v, float factor, const S
 
 // Products of a vector of lanes become exp(scale * product - base), and total grows by them.  As pairs, those of keys
 // 2 i and 2 i + 1 of a piece stand in its row i.
-template <bool PAIRS>
+template <bool PAIRS, class T>
 static void weights(const Placed& x, int v, float factor, const Scores& scores, Running& run, Coming& coming) {
   const Vec scale = broadcast(factor), base = load(run.base + v * WIDTH);
   const Bits mask = x.span.mask[v - x.span.first];
@@ -133,7 +133,7 @@ static void weights(const Placed& x, int v, float factor, const Scores& scores, 
     coming.some();
 #pragma GCC unroll 4
     for (int i = 0; i < N; ++i) p[i] = fma(load(s + (key + i) * WIDTH), scale, -base);
-    exp_of<PAIRS>(p);
+    exp_of<PAIRS, T>(p);
 #pragma GCC unroll 4
     for (int i = 0; i < N; ++i) total += p[i] = masked ? keep(mask, p[i]) : p[i];
     if constexpr (PAIRS) {
@@ -223,7 +223,7 @@ static void forward_block(const Shape& shape, float scale, Block<BY, T>& block, 
     }
     raise_tops(shape, scale, lanes, w.run, w.out);
     for (const Placed* x = placed; x < placed + count; ++x) {
-      for (int v = 0; v < x->span.count; ++v) weights<PAIRS>(*x, x->span.first + v, scale, s, w.run, coming);
+      for (int v = 0; v < x->span.count; ++v) weights<PAIRS, T>(*x, x->span.first + v, scale, s, w.run, coming);
       gather<PAIRS>(x->piece.keys, x->span, {s.at(x->slot, 0), s.key, s.vector}, block.values(x->piece),
                     shape.value_dim, w.out);
     }

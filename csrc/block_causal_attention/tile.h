@@ -240,10 +240,11 @@ static inline void gather(int keys, const Span& s, const Scores& p, const Factor
 }
 
 // e^x of weights on their way to a product.
-template <bool PAIRS, int N>
+template <bool PAIRS, class T, int N>
 static inline void exp_of(Vec (&x)[N]) {
-  if constexpr (!PAIRS) exp_of_weights(x);
-  else for (Vec& each : x) each = exp_for_bfloat16(each);
+  if constexpr (PAIRS) for (Vec& each : x) each = exp_for_bfloat16(each);
+  else if constexpr (sizeof(T) < sizeof(float)) exp_for_halves(x);
+  else exp(x);
 }
 
 constexpr int FEW = WIDTH < 8 ? WIDTH : 8;  // query rows of which decode.h takes care

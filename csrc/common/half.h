@@ -126,6 +126,17 @@ static inline Vec exp_for_bfloat16(Vec x) {
 #endif
 }
 
+// e^x of weights of halves: as of what becomes a bfloat16, several side by side, but 0 below -87.3 as `exp` has it, since
+// a product of floats takes far longer with a subnormal factor.
+template <int N>
+static inline void exp_for_halves(Vec (&x)[N]) {
+#if defined(__AVX512DQ__)
+  for (Vec& each : x) each = keep(~(each < -87.336544f), exp_for_bfloat16(each));
+#else
+  exp(x);
+#endif
+}
+
 // Of rows of bfloat16, 2 WIDTH elements each: one after the other the pairs of the elements that stand below each other.
 struct Interleaved { Vec low, high; };
 static inline Interleaved interleave(Vec a, Vec b) {

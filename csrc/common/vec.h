@@ -135,32 +135,6 @@ static inline Vec exp(Vec x) {
   return one[0];
 }
 
-// e^x of weights, x <= 0, on their way to a sum: within (1 + |x| / 2) ulp, as x is a difference of scores, which are
-// rounded as much; else as exp.  AVX-512 takes x / ln 2 apart, and puts 2^r and the power of two together, in an
-// instruction each; 2^r, 0 <= r < 1, by a polynomial within 2e-9.
-template <int N>
-static inline void exp_of_weights(Vec (&x)[N]) {
-#if defined(__AVX512DQ__)
-  Vec y[N], r[N], p[N];
-#define MIRASOL_EACH _Pragma("GCC unroll 8") for (int i = 0; i < N; ++i)
-  MIRASOL_EACH y[i] = x[i] * broadcast(1.44269504f);
-  MIRASOL_EACH r[i] = (Vec)_mm512_reduce_ps((__m512)y[i], _MM_FROUND_TO_NEG_INF);
-  MIRASOL_EACH p[i] = fma(r[i], broadcast(2.16129149e-4f), broadcast(0.00124678470f));
-  MIRASOL_EACH p[i] = fma(p[i], r[i], broadcast(0.00967545155f));
-  MIRASOL_EACH p[i] = fma(p[i], r[i], broadcast(0.0554852821f));
-  MIRASOL_EACH p[i] = fma(p[i], r[i], broadcast(0.240229309f));
-  MIRASOL_EACH p[i] = fma(p[i], r[i], broadcast(0.693147063f));
-  MIRASOL_EACH p[i] = fma(p[i], r[i], broadcast(1.0f));
-  MIRASOL_EACH {
-    const __mmask16 large = _mm512_cmp_ps_mask((__m512)x[i], (__m512)broadcast(-87.336544f), _CMP_NLT_UQ);
-    x[i] = (Vec)_mm512_maskz_scalef_ps(large, (__m512)p[i], (__m512)y[i]);
-  }
-#undef MIRASOL_EACH
-#else
-  exp(x);
-#endif
-}
-
 // 1 / x within 1 ulp, where 1 / x is no subnormal; such a result may be 0.
 static inline Vec reciprocal(Vec x) {
 #if defined(__AVX512F__)
