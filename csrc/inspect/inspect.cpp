@@ -32,7 +32,7 @@ void expect(bool good, const char* what) {
 }
 
 void expect_dims(const Shape& s) {
-  expect(std::min(s.dim, s.value_dim) > 0 && std::max(s.dim, s.value_dim) <= MAX_DIM, 
+  expect(std::min(s.dim, s.value_dim) > 0 && std::max(s.dim, s.value_dim) <= MAX_DIM,
          "q, v: expected a head_dim of 1 to 256");
 }
 
