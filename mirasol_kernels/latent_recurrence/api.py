@@ -33,7 +33,7 @@ def latent_recurrence(
     inputs: pytree of at least one tensor, each with time on axis `dim`, of equal length T; x_t lacks that axis.
     dim: axis of time in inputs and outputs; y_t, which lacks it, has the axes before it.
     checkpoint_every: K; forward keeps ceil(T/K) states, backward the activations of K steps at a time, at one
-        recomputation.  By default sqrt(T/10), at least 1: the least memory if a step keeps 10 times its state.
+        recomputation.  By default about sqrt(T/10): the least memory if a step keeps 10 times its state.
 
     Returns (state, outputs): outputs a pytree like y_t with time on `dim`.  Gradients are those of the plain loop: of
     inputs, initial state and captured tensors, through outputs and last state.  T = 0 returns the state itself and

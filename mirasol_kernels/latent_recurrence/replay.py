@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree
-from torch.utils.checkpoint import get_device_states, set_device_states
+from torch.utils.checkpoint import get_device_states
 
 Form = tuple[pytree.TreeSpec, list[tuple[tuple[int, ...], torch.dtype]]]  # of a tree of tensors
 Ran = tuple[list[Tensor], list[list[Tensor]], Form]  # the state, what each step put out, and the form of that
@@ -40,34 +40,55 @@ def can_replay() -> bool:
     )
 
 
+Random = list[Tensor]  # the states of random number generators
+
+
 class Surroundings:
-    """Random numbers and autocast as they are now, to be had again."""
+    """What steps find beside their arguments, to be found again in backward: autocast, and random numbers, of the CPU
+    and of the devices that some tensors are on."""
 
-    def __init__(self, tensors: Iterable[Tensor], before: Surroundings | None = None) -> None:
-        self.random = torch.get_rng_state()  # 5 kB: once for all segments that draw nothing
-        if before and torch.equal(before.random, self.random):
-            self.random = before.random
-        self.devices, self.device_random = get_device_states(*tensors)
-        self.device_type = next((x.device.type for x in tensors if x.device.type not in ("cpu", "meta")), "cpu")
-        self.autocast = [
-            (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), torch.is_autocast_cache_enabled())
-            for kind in dict.fromkeys(("cpu", self.device_type))
-        ]
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self.devices, _ = get_device_states(*tensors)
+        self.kind = next((x.device.type for x in tensors if x.device.type not in ("cpu", "meta")), "cpu")
+        self.autocast = self._autocast()
 
-    def restore_random(self) -> None:
-        torch.set_rng_state(self.random)
+    def random(self) -> Random:
+        states = [torch.get_rng_state()]
         if self.devices:
-            set_device_states(self.devices, self.device_random, device_type=self.device_type)
+            module = torch.get_device_module(self.kind)
+            states += [module.get_rng_state(device) for device in self.devices]
+        return states
+
+    def restore(self, random: Random) -> None:
+        torch.set_rng_state(random[0])
+        for device, state in zip(self.devices, random[1:], strict=True):
+            torch.get_device_module(self.kind).set_rng_state(state, device)
 
     @contextlib.contextmanager
-    def again(self) -> Iterator[None]:
+    def again(self, random: Random) -> Iterator[None]:
+        """A segment is short, and mostly finds everything as it was: then nothing is set."""
+        now = self.random()
         with contextlib.ExitStack() as stack:
-            accelerator = {} if self.device_type == "cpu" else {"device_type": self.device_type}
-            stack.enter_context(torch.random.fork_rng(self.devices, **accelerator))
-            for kind, dtype, enabled, cache in self.autocast:
-                stack.enter_context(torch.autocast(kind, dtype, enabled, cache))
-            self.restore_random()
-            yield
+            if self._autocast() != self.autocast:
+                for how in self.autocast:
+                    stack.enter_context(torch.autocast(*how))
+            if not same(now, random):
+                self.restore(random)
+            try:
+                yield
+            finally:
+                if not same(now, self.random()):
+                    self.restore(now)
+
+    def _autocast(self) -> list[tuple[str, torch.dtype, bool, bool]]:
+        return [
+            (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), torch.is_autocast_cache_enabled())
+            for kind in dict.fromkeys(("cpu", self.kind))
+        ]
+
+
+def same(a: Random, b: Random) -> bool:
+    return all(map(torch.equal, a, b))
 
 
 class Plan(NamedTuple):
@@ -79,7 +100,8 @@ class Plan(NamedTuple):
     inputs: int  # how many leaves
     state: int
     varying: list[list[bool]]  # of each segment but the first: which leaves of its state have a gradient
-    surroundings: list[Surroundings]  # of each segment
+    surroundings: Surroundings
+    random: list[Random]  # of each segment
 
 
 def replayed(
@@ -88,7 +110,7 @@ def replayed(
     """The leaves of the last state, and the outputs. Raises CannotReplay, with random numbers as they were."""
     length = inputs[0].shape[dim]
     oldest = torch._C._autograd._get_sequence_nr()
-    surroundings: list[Surroundings] = []
+    surroundings, random = Surroundings((*state, *inputs)), list[Random]()
     kept: list[Tensor] = []  # (segments - 1, ...): the states that segments begin with, but for the first
     varying: list[list[bool]] = []  # which of them have a gradient
     outputs: list[Tensor] = []
@@ -97,13 +119,14 @@ def replayed(
     form: Any = None
     now = _cut_off(state)
     for first in range(0, length, every):
-        surroundings.append(Surroundings((*now, *inputs), surroundings[-1] if surroundings else None))
+        drawn = surroundings.random()  # 5 kB: kept once for all segments that draw nothing
+        random.append(random[-1] if random and same(random[-1], drawn) else drawn)
         part = _cut_off(_steps(inputs, dim, first, every))
         end, made, form = run(now, part, form)
         try:
             parameters |= _captured([*end, *(y for ys in made for y in ys)], {id(x) for x in (*now, *part)}, oldest)
         except CannotReplay:
-            surroundings[0].restore_random()
+            surroundings.restore(random[0])
             raise
         if first == 0:
             outputs = [_room(y, dim, length) for y in made[0]]
@@ -121,7 +144,7 @@ def replayed(
     everything = [*(x.detach() for x in now), *outputs]
     flags = [*(x.requires_grad for x in now), *differentiable]
     if any(flags):
-        plan = Plan(run, dim, every, len(inputs), len(state), varying, surroundings)
+        plan = Plan(run, dim, every, len(inputs), len(state), varying, surroundings, random)
         constants = [x for x, yes in zip(everything, flags, strict=True) if not yes]
         everything = list(_Replay.apply(plan, everything, constants, kept, *inputs, *state, *parameters.values()))
     return everything[: len(state)], pytree.tree_unflatten(everything[len(state) :], form[0])
@@ -195,7 +218,7 @@ class _Replay(torch.autograd.Function):
         dend, douts = list(grads[: plan.state]), grads[plan.state :]
         length = inputs[0].shape[plan.dim]
         if torch.is_grad_enabled():  # create_graph: the gradients hang on all that they come from
-            with plan.surroundings[0].again():
+            with plan.surroundings.again(plan.random[0]):
                 end, made, _ = plan.run(state, inputs)
                 return (None,) * 4 + _gradients(
                     plan.dim, 0, end, made, dend, douts, [*inputs, *state, *parameters], True
@@ -204,13 +227,13 @@ class _Replay(torch.autograd.Function):
         dinputs = [torch.empty_like(x) if x.requires_grad else None for x in inputs]
         dparameters: list[Tensor | None] = [None] * len(parameters)
         own: set[int] = set()  # of these, the sums: a gradient may share its memory with others
-        for number in reversed(range(len(plan.surroundings))):
+        for number in reversed(range(len(plan.random))):
             first = number * plan.every
             now, part = _cut_off(state), _cut_off(_steps(inputs, plan.dim, first, plan.every))
             if number > 0:
                 flags = plan.varying[number - 1]
                 now = [room[number - 1].requires_grad_(flag) for room, flag in zip(kept, flags, strict=True)]
-            with torch.enable_grad(), plan.surroundings[number].again():
+            with torch.enable_grad(), plan.surroundings.again(plan.random[number]):
                 end, made, _ = plan.run(now, part)
             got = _gradients(plan.dim, first, end, made, dend, douts, [*part, *now, *parameters])
             del end, made

@@ -26,19 +26,21 @@ def scan(step: Callable, state: Any, inputs: Any, dim: int = 1, checkpoint_every
     if length == 0:
         return state, _no_outputs(step, state, leaves, structure, dim)
     every = checkpoint_every or default_segment(length)
-    form, backend = _form(state), wanted_backend()
-    first, shape = pytree.tree_flatten(state)
+    (first, form), backend = _taken_apart(state), wanted_backend()
+    shape = form[0]
 
     def run(now: Sequence[Tensor], part: Sequence[Tensor], like: Any = None) -> Ran:
         state, made = pytree.tree_unflatten(now, shape), []
         with use_backend(backend):  # recomputation may run in another thread
             for xs in zip(*(leaf.unbind(dim) for leaf in part), strict=True):
                 state, output = _call(step, state, pytree.tree_unflatten(xs, structure))
-                _same("state", "the state it was given", form, _form(state))
-                like = like or _with_time(_form(output), dim)
-                _same("outputs", "the outputs of the first step", like, _form(output))
-                made.append(pytree.tree_leaves(output))
-        return pytree.tree_leaves(state), made, like
+                last, this = _taken_apart(state)
+                _same("state", "the state it was given", form, this)
+                ys, this = _taken_apart(output)
+                like = like or _with_time(this, dim)
+                _same("outputs", "the outputs of the first step", like, this)
+                made.append(ys)
+        return last, made, like
 
     ran = None
     if not torch.compiler.is_compiling() and can_replay():
@@ -64,14 +66,15 @@ def _segments(run: Run, now: list[Tensor], leaves: list[Tensor], dim: int, every
         else:
             now, made = segment(now, part)
         outputs.append(made)
-        head, this = (_form(pytree.tree_map(lambda y: y.select(dim, 0), each)) for each in (outputs[0], made))
+        head, this = (_taken_apart(pytree.tree_map(lambda y: y.select(dim, 0), x))[1] for x in (outputs[0], made))
         _same("outputs", "the outputs of the first step", head, this)
     return now, pytree.tree_map(lambda *parts: torch.cat(parts, dim), *outputs)
 
 
 def default_segment(length: int) -> int:
-    """The K that minimises T/K kept states + K steps' activations."""
-    return max(1, math.isqrt(length // SAVED_PER_STATE))
+    """The K that minimises T/K kept states + K steps' activations; of two, the one of fewer segments."""
+    root = max(1, math.isqrt(length // SAVED_PER_STATE))
+    return min((root + 1, root), key=lambda every: -(-length // every) + SAVED_PER_STATE * every)
 
 
 def _call(step: Callable, state: Any, now: Any) -> tuple[Any, Any]:
@@ -87,17 +90,17 @@ def _no_outputs(step: Callable, state: Any, leaves: list[Tensor], structure: pyt
     devices = sorted({leaf.get_device() for leaf in leaves if leaf.is_cuda})
     with torch.no_grad(), torch.random.fork_rng(devices=devices):
         _, output = _call(step, state, pytree.tree_unflatten(zeros, structure))
-    _with_time(_form(output), dim)
+    _with_time(_taken_apart(output)[1], dim)
     return pytree.tree_map(lambda y: y.new_empty((*y.shape, 0)).movedim(-1, dim), output)
 
 
-def _form(tree: Any) -> Form:
-    """Structure, shapes and dtypes."""
+def _taken_apart(tree: Any) -> tuple[list[Tensor], Form]:
+    """Leaves; structure, shapes and dtypes."""
     leaves, structure = pytree.tree_flatten(tree)
     for leaf in leaves:
         if not isinstance(leaf, Tensor):
             raise TypeError(f"latent_recurrence: step: expected pytrees of tensors, got a {type(leaf).__name__}")
-    return structure, [(tuple(leaf.shape), leaf.dtype) for leaf in leaves]
+    return leaves, (structure, [(tuple(leaf.shape), leaf.dtype) for leaf in leaves])
 
 
 def _with_time(form: Form, dim: int) -> Form:

@@ -280,7 +280,7 @@ def test_nothing_is_recomputed_without_autograd() -> None:
 
 
 def test_default_segment_grows_as_the_root() -> None:
-    assert [default_segment(t) for t in (1, 10, 39, 40, 90, 512, 4000)] == [1, 1, 1, 2, 3, 7, 20]
+    assert [default_segment(t) for t in (1, 10, 39, 40, 90, 512, 4000)] == [1, 1, 2, 2, 3, 8, 20]
 
 
 def test_double_backward() -> None:
