@@ -27,10 +27,11 @@ pytestmark = pytest.mark.skipif(ABSENT is not None, reason=f"triton: {ABSENT}")
 DIMS = (64, 80, 96, 128, 256)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 BITS = ("float32", "float16")
+KINDS = ("-tokens-", "-state-")  # with what is around them in an id: problems have such names, too
 INTERPRETED = [
     *[("interpreted", part) for part in ("budget and float32", "budget and float16", "tiles_of_the_table")],
     *[("interpreted", part) for part in ("decode or leak", "drawn")],
-    *[("interpreted_token_learner", f"budget and {kind} and {bits}") for kind in ("tokens", "state") for bits in BITS],
+    *[("interpreted_token_learner", f"budget and {kind} and {bits}") for kind in KINDS for bits in BITS],
     *[("interpreted_token_learner", part) for part in ("regimes or chunks or tiles_of", "leak or reads_only", "drawn")],
     *[("interpreted_latent_recurrence", part) for part in ("budget or large or reads or leak or launches", "shapes")],
 ]

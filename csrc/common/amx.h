@@ -161,6 +161,7 @@ static inline void amx_columns_of(const AmxProduct& p, int v) {
         for (int r = 0; r < rows; ++r) use(sums[i] + r * SIDE, c + r * p.c_n + i * p.c_v);
     };
     if (p.add) each([](float* sum, const float* to) { store(sum, load(to)); });
+    amx_fence();
     amx_row<V>(p, a, b, sums[0], SIDE, SIDE * SIDE);
     each([](const float* sum, float* to) { store(to, load(sum)); });
   }
